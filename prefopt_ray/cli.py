@@ -1,0 +1,339 @@
+"""`prefopt`: parse, call, print. Heavy imports stay inside the commands, so `--help` and `validate` are quick.
+
+Exit codes: 0 = at least one trial has a valid score, or the command did its work; 1 = none has, or the
+work failed; 2 = the input is wrong; 130 = stopped by Ctrl-C.
+"""
+
+import argparse
+import json
+import logging
+import os
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from prefopt_ray import __version__
+from prefopt_ray.errors import InputError, PrefoptError, Problem, SweepError
+
+if TYPE_CHECKING:
+    from prefopt_ray.ledger import SweepRecord
+    from prefopt_ray.spec import SweepSpec
+
+DEFAULT_STORAGE = "prefopt-results"
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run one command and return its exit code."""
+    options = _parser().parse_args(arguments)
+    logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(name)s: %(message)s")
+    try:
+        return options.command(options)
+    except KeyboardInterrupt:
+        print("stopped by Ctrl-C", file=sys.stderr)
+        return 130
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+    except PrefoptError as error:
+        if options.debug:
+            raise
+        _print_error(error)
+        return error.exit_code
+    except Exception as error:
+        # The rim: whatever no layer expected is told in one line, with the way to see the rest.
+        if options.debug:
+            raise
+        print(f"prefopt: {type(error).__name__}: {error}\nrun again with --debug for the traceback", file=sys.stderr)
+        return 1
+
+
+# -- before a sweep --------------------------------------------------------------------------------
+
+
+def validate(options: argparse.Namespace) -> int:
+    from prefopt_ray.spec import dump_spec
+
+    spec = _load(options)
+    if options.json:
+        print(json.dumps({"name": spec.name, "content_hash": spec.content_hash(), "trials": spec.trial_count,
+                          "spec": spec.to_dict()}))
+    elif options.resolved:
+        print(dump_spec(spec), end="")
+    else:
+        losses = ", ".join(spec.loss_spaces())
+        print(f"{options.spec}: valid; {spec.trial_count} trials over {losses}; scheduler {spec.scheduler.kind}")
+    return 0
+
+
+def pairs(options: argparse.Namespace) -> int:
+    from dataclasses import asdict
+
+    from prefopt_ray.pairs.show import render_pairs, show_pairs
+    from prefopt_ray.prepare import prepare
+    from prefopt_ray.terminal import TerminalObserver, make_console
+
+    spec = _load(options)
+    with TerminalObserver(make_console(stderr=True)) as observer:
+        prepared = prepare(spec, stage=observer.stage, device="cpu", threads=1)
+    loaded = prepared.loaded
+    views = show_pairs(loaded, prepared.tokenizer, options.show)
+    if options.json:
+        print(json.dumps({
+            "pairs": {name: len(part) for name, part in loaded.data.parts.items()},
+            "drops": [asdict(drop) for drop in loaded.drops],
+            "truncation": {name: asdict(cut) for name, cut in loaded.truncation.items()},
+            "warnings": list(loaded.warnings),
+            "shown": [asdict(view) for view in views],
+        }, ensure_ascii=False))
+    else:
+        make_console().print(render_pairs(views, loaded))
+    return 0
+
+
+# -- sweeps ----------------------------------------------------------------------------------------
+
+
+def run(options: argparse.Namespace) -> int:
+    from prefopt_ray.tuning.run import run_sweep
+
+    spec = _load(options)
+    return _sweep_with_terminal(lambda observer: run_sweep(spec, observer), as_json=options.json)
+
+
+def resume(options: argparse.Namespace) -> int:
+    folder = _sweep_folder(options)
+    from prefopt_ray.tuning.run import resume_sweep
+
+    return _sweep_with_terminal(lambda observer: resume_sweep(folder, observer), as_json=options.json)
+
+
+def best(options: argparse.Namespace) -> int:
+    from prefopt_ray.answer import find_answer
+    from prefopt_ray.ledger import read_sweep
+    from prefopt_ray.report import answer_json, answer_lines
+
+    sweep = read_sweep(_sweep_folder(options))
+    answer = find_answer(sweep)
+    if options.json:
+        print(json.dumps(answer_json(sweep, answer)))
+    else:
+        for line in answer_lines(sweep, answer):
+            print(f"# {line}")
+        if answer.winner is not None:
+            print(_one_point_yaml(sweep), end="")
+    return 0 if answer.winner is not None else 1
+
+
+def show(options: argparse.Namespace) -> int:
+    from prefopt_ray.answer import find_answer
+    from prefopt_ray.ledger import read_sweep
+    from prefopt_ray.report import answer_lines, leaderboard
+    from prefopt_ray.terminal import make_console, trial_table
+
+    sweep = read_sweep(_sweep_folder(options))
+    answer = find_answer(sweep)
+    if options.json:
+        print(json.dumps({"sweep": sweep.sweep_id, "finished": sweep.finished, "trials": leaderboard(answer)}))
+        return 0
+    console = make_console()
+    console.print(trial_table([s.trial for s in answer.standings], title=f"{sweep.name} {sweep.sweep_id}"))
+    for line in answer_lines(sweep, answer):
+        console.print(line)
+    for standing in answer.standings:
+        trial = standing.trial
+        if trial.reason and options.reasons:
+            console.print(f"{trial.trial_id} {trial.end_state}: {trial.reason}")
+    return 0
+
+
+def list_sweeps(options: argparse.Namespace) -> int:
+    from prefopt_ray.ledger import LEDGER_FILE, read_sweep
+    from prefopt_ray.report import end_state_counts
+
+    storage = Path(options.storage or DEFAULT_STORAGE)
+    folders = sorted(p.parent for p in storage.glob(f"*/{LEDGER_FILE}")) if storage.is_dir() else []
+    sweeps = [read_sweep(folder) for folder in folders]
+    if options.json:
+        print(json.dumps([{"sweep": s.sweep_id, "name": s.name, "folder": str(s.folder), "finished": s.finished,
+                           "trials": len(s.trials)} for s in sweeps]))
+        return 0
+    for sweep in sweeps:
+        print(f"{sweep.folder.name:<32} {'finished' if sweep.finished else 'open':<9} {end_state_counts(sweep)}")
+    if not sweeps:
+        print(f"no sweeps in {storage}")
+    return 0
+
+
+def ui(options: argparse.Namespace) -> int:
+    from prefopt_ray.ledger import read_sweep
+    from prefopt_ray.spec import load_spec
+    from prefopt_ray.tracking.runs import tracking_uri
+    from prefopt_ray.tracking.server import serve_ui
+
+    folder = _sweep_folder(options)
+    sweep, spec = read_sweep(folder), load_spec(folder / "spec.yaml")
+    uri = tracking_uri(spec.tracking.mlflow, spec.storage)
+    with serve_ui(uri, experiment=spec.experiment, sweep_id=sweep.sweep_id, port=options.port) as served:
+        print(f"{sweep.name}: {served.link}", flush=True)
+        served.wait()
+    return 0
+
+
+# -- one trial -------------------------------------------------------------------------------------
+
+
+def train(options: argparse.Namespace) -> int:
+    from prefopt_ray.prepare import open_worker
+    from prefopt_ray.report import report_line
+    from prefopt_ray.terminal import TerminalObserver, make_console
+    from prefopt_ray.train import train as train_trial
+    from prefopt_ray.train.export import export_best
+
+    spec = _load(options)
+    if not spec.is_one_point:
+        raise SweepError(Problem(
+            str(options.spec), "search", f"{spec.trial_count} configurations", "train takes a spec with exactly one",
+            "use `prefopt run`, or the spec that `prefopt best SWEEP` prints",
+        ))
+    console = make_console(stderr=True)
+    with TerminalObserver(console) as observer:
+        worker, prepared = open_worker(spec, stage=observer.stage)
+    ((loss, values),) = spec.grid()
+    config = spec.trial_config(
+        loss, values, train_pairs=prepared.train_pairs, max_tokens_hint=prepared.longest_tokens
+    )
+    folder = Path(options.output or spec.storage / f"{spec.name}-{config.digest()}")
+    report = None
+    for report in train_trial(config, worker, folder=folder):
+        console.print(report_line(report))
+    if report is None or report.best_step < 0:
+        print(f"no valid evaluation: {report.reason if report else 'nothing was trained'}", file=sys.stderr)
+        return 1
+    exported = export_best(config, worker, folder, best_step=report.best_step)
+    if options.json:
+        print(json.dumps({"folder": str(exported), **report.to_dict()}))
+    else:
+        print(f"best gain {report.best_so_far:.4f} at step {report.best_step}: {exported}")
+    return 0
+
+
+# -- inside ----------------------------------------------------------------------------------------
+
+
+def _sweep_with_terminal(work: Callable[[Any], "SweepRecord"], *, as_json: bool) -> int:
+    from prefopt_ray.answer import find_answer
+    from prefopt_ray.report import answer_json, answer_lines
+    from prefopt_ray.terminal import TerminalObserver, make_console, trial_table
+
+    console = make_console(stderr=as_json)
+    with TerminalObserver(console) as observer:
+        sweep = work(observer)
+    answer = find_answer(sweep)
+    name = sweep.folder.name
+    console.print(trial_table([s.trial for s in answer.standings]))
+    if not sweep.finished:
+        console.print(f"stopped; `prefopt resume {name}` goes on from here")
+        return 130
+    for line in answer_lines(sweep, answer):
+        console.print(line)
+    console.print(f"\nprefopt best {name} > best.yaml   the configuration as a spec\n"
+                  f"prefopt ui {name}                 every trial in MLflow")
+    if as_json:
+        print(json.dumps(answer_json(sweep, answer)))
+    return 0 if answer.winner is not None else 1
+
+
+def _one_point_yaml(sweep: "SweepRecord") -> str:
+    from prefopt_ray.answer import find_answer
+    from prefopt_ray.spec import dump_spec, load_spec, one_point_spec
+
+    winner = find_answer(sweep).winner
+    spec = load_spec(sweep.folder / "spec.yaml")
+    return dump_spec(one_point_spec(
+        spec, winner.config.loss, winner.values, stop_step=winner.best_step,
+        total_steps=winner.config.training.total_steps,
+    ))
+
+
+def _load(options: argparse.Namespace) -> "SweepSpec":
+    from prefopt_ray.spec import load_spec
+
+    return load_spec(Path(options.spec), overrides=options.set, storage=options.storage)
+
+
+def _sweep_folder(options: argparse.Namespace) -> Path:
+    """A folder, or the name or id of a sweep in the storage folder. Raises SweepError."""
+    from prefopt_ray.ledger import LEDGER_FILE
+
+    given = Path(options.sweep)
+    if (given / LEDGER_FILE).is_file():
+        return given.resolve()
+    storage = Path(options.storage or DEFAULT_STORAGE)
+    known = sorted(p.parent for p in storage.glob(f"*/{LEDGER_FILE}")) if storage.is_dir() else []
+    wanted = options.sweep
+    found = [p for p in known if wanted in (p.name, p.name.rpartition("-")[0], p.name.rpartition("-")[2])]
+    if len(found) == 1:
+        return found[0].resolve()
+    names = ", ".join(p.name for p in (found or known)) or "none"
+    rule = "several sweeps have this name" if found else f"no such sweep in {storage}"
+    raise SweepError(Problem("command line", "SWEEP", repr(wanted), rule, f"sweeps there: {names}; or give --storage"))
+
+
+def _print_error(error: PrefoptError) -> None:
+    lines = error.problems if isinstance(error, InputError) else (error,)
+    for line in lines:
+        print(f"prefopt: {line}", file=sys.stderr)
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="prefopt",
+        description="Which preference-optimisation loss, which beta, which learning rate, and when to stop.",
+        epilog="example: prefopt run sweeps/quickstart.yaml",
+    )
+    parser.add_argument("--version", action="version", version=f"prefopt {__version__}")
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+
+    def command(name: str, function: Callable[[argparse.Namespace], int], *, text: str, example: str,
+                takes: str) -> argparse.ArgumentParser:
+        sub = commands.add_parser(name, help=text, description=text, epilog=f"example: {example}")
+        sub.add_argument("--storage", help="folder of results (default: the spec's, or ./prefopt-results)")
+        sub.add_argument("--debug", action="store_true", help="show tracebacks")
+        sub.add_argument("--json", action="store_true", help="one JSON document on stdout")
+        if takes == "spec":
+            sub.add_argument("spec", metavar="SPEC", help="a YAML file")
+            sub.add_argument("--set", action="append", default=[], metavar="KEY=VALUE",
+                             help="override one key, such as training.steps=100")
+        elif takes == "sweep":
+            sub.add_argument("sweep", metavar="SWEEP", help="a sweep's name, id or folder")
+        sub.set_defaults(command=function)
+        return sub
+
+    command("run", run, text="run a sweep and print the answer", takes="spec",
+            example="prefopt run sweeps/quickstart.yaml --set search.seed=1")
+    command("best", best, text="the best configuration as a spec, with how sure that is", takes="sweep",
+            example="prefopt best quickstart > best.yaml")
+    shown = command("show", show, text="every trial of a sweep and the answer so far", takes="sweep",
+                    example="prefopt show quickstart --reasons")
+    shown.add_argument("--reasons", action="store_true", help="why each trial ended")
+    served = command("ui", ui, text="open a sweep in MLflow, served on this machine only", takes="sweep",
+                     example="prefopt ui quickstart")
+    served.add_argument("--port", type=int, default=0, help="port on the loopback interface (default: a free one)")
+    command("resume", resume, text="continue a sweep after Ctrl-C or a crash", takes="sweep",
+            example="prefopt resume quickstart")
+    checked = command("validate", validate, text="check a spec in about a second", takes="spec",
+                      example="prefopt validate sweeps/qwen05b.yaml")
+    checked.add_argument("--resolved", action="store_true", help="print the spec with every default filled in")
+    looked = command("pairs", pairs, text="look at the pairs as they will be trained on", takes="spec",
+                     example="prefopt pairs sweeps/quickstart.yaml --show 5")
+    looked.add_argument("--show", type=int, default=3, metavar="N", help="how many pairs (default 3)")
+    trained = command("train", train, text="train one configuration without Ray", takes="spec",
+                      example="prefopt train best.yaml --output my-adapter")
+    trained.add_argument("--output", metavar="DIR", help="folder for checkpoints and the adapter")
+    command("list", list_sweeps, text="the sweeps in the storage folder", takes="nothing", example="prefopt list")
+    return parser
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,1 @@
+"""Engines own weights, adapter slots and optimizers. They compute PairStats; losses live elsewhere."""

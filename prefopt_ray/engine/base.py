@@ -1,0 +1,134 @@
+"""The seam between trials and whatever computes them: Engine, and what it asks of a trial.
+
+An engine knows weights, slots and optimizers. It does not know schedules, losses, evaluations,
+files of a sweep, Ray or MLflow.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Protocol
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from prefopt_ray.losses.stats import PairStats
+from prefopt_ray.pairs.tokens import PairTokens, Ragged
+from prefopt_ray.trial import ExecutionPlan, TrialConfig
+
+REFERENCE = -1  # the slot number that means "the reference, not a trial's policy"
+
+
+@dataclass(frozen=True)
+class ReferencedPairs:
+    """A part of the data with its reference log-probs, row by row."""
+
+    tokens: PairTokens
+    reference: np.ndarray  # (N, 2) float32: chosen, rejected; summed nats
+
+    def __len__(self) -> int:
+        return len(self.tokens)
+
+    def take(self, indices: np.ndarray) -> "ReferencedPairs":
+        return ReferencedPairs(self.tokens.take(indices), self.reference[indices])
+
+
+@dataclass(frozen=True)
+class StepOutcome:
+    """What one optimizer step did, gathered over its micro-batches. CPU tensors."""
+
+    stats: PairStats  # (B,) every pair of the step
+    losses: Tensor  # (B,) float32
+    grad_norm: float  # before clipping
+    clipped: bool
+    update_ratio: float | None  # ||dW|| / ||W|| of the trainable weights, where it was asked for
+    applied: bool  # False: loss or gradient was not finite and the weights were left alone
+
+
+@dataclass(frozen=True)
+class Samples:
+    """M completions drawn from a policy, with exact per-position divergences from the reference."""
+
+    completions: Ragged  # M sequences of sampled tokens, without the end-of-turn token
+    finished: np.ndarray  # (M,) bool: an end-of-turn token was drawn before the limit
+    kl: np.ndarray  # (M,) float64: sum over positions of KL(pi || ref), nats (Rao-Blackwell estimate)
+    entropy: np.ndarray  # (M,) float64: sum over positions of the policy's entropy, nats
+    positions: np.ndarray  # (M,) int64: positions summed over (sampled tokens and the end-of-turn token)
+
+
+class SteppedTrial(Protocol):
+    """What an engine asks of a trial while it steps it."""
+
+    slot: int
+    config: TrialConfig
+
+    @property
+    def learning_rate(self) -> float:
+        """The schedule's rate for the step about to be made."""
+        ...
+
+    @property
+    def measures_update(self) -> bool:
+        """Whether ||dW|| / ||W|| is wanted for the step about to be made (it costs a copy)."""
+        ...
+
+    def next_batch(self) -> ReferencedPairs:
+        """The pairs of the step about to be made."""
+        ...
+
+    def loss(self, stats: PairStats) -> Tensor:
+        """(b,) loss of each pair, differentiable in the policy log-probs."""
+        ...
+
+    def finish_step(self, outcome: StepOutcome) -> None: ...
+
+
+class Engine(Protocol):
+    """Owns the base model, adapter slots and optimizers. Slots are numbered from 0."""
+
+    plan: ExecutionPlan
+
+    def open(self, slot: int, config: TrialConfig) -> None:
+        """A fresh policy (equal to the reference `start`) and optimizer, bit-equal to a new process."""
+        ...
+
+    def step(self, trials: Sequence[SteppedTrial]) -> None:
+        """One optimizer step of each trial."""
+        ...
+
+    def score(self, slot: int, pairs: PairTokens, *, advance: Callable[[int], None] | None = None) -> np.ndarray:
+        """(N, 2) float32 summed log-probs of chosen and rejected, in pair order; slot REFERENCE for the reference.
+
+        `advance` is told how many pairs each forward has scored.
+        """
+        ...
+
+    def sample(self, slot: int, prompts: Ragged, *, max_new_tokens: int, seed: int) -> Samples:
+        """One completion per prompt at temperature 1 from the whole distribution."""
+        ...
+
+    def state(self, slot: int) -> dict[str, Tensor]:
+        """Weights and optimizer by parameter name, CPU copies; any engine of the same model loads it."""
+        ...
+
+    def load(self, slot: int, tensors: dict[str, Tensor]) -> None: ...
+
+    def export(self, slot: int, folder: Path) -> None:
+        """An adapter folder that `peft` loads, or a model folder that `transformers` loads."""
+        ...
+
+
+def pair_stats(pairs: ReferencedPairs, policy: Tensor) -> PairStats:
+    """PairStats of pairs and their policy log-probs (B, 2), on the policy tensor's device."""
+    device = policy.device
+    reference = torch.as_tensor(np.array(pairs.reference), device=device)  # a copy: stored arrays are read-only
+    return PairStats(
+        row_ids=torch.as_tensor(np.array(pairs.tokens.row_ids), device=device),
+        policy_chosen=policy[:, 0],
+        policy_rejected=policy[:, 1],
+        reference_chosen=reference[:, 0],
+        reference_rejected=reference[:, 1],
+        chosen_tokens=torch.as_tensor(pairs.tokens.chosen.lengths, device=device),
+        rejected_tokens=torch.as_tensor(pairs.tokens.rejected.lengths, device=device),
+    )

@@ -1,0 +1,337 @@
+"""The plain engine: transformers' own forward on padded batches, peft adapters as slots, torch optimizers.
+
+One forward and backward per trial, each trial's slot switched in. The reference is the same model
+with adapters off where it can be (LoRA, reference `start`), otherwise a second model.
+Full fine-tuning has one slot and a pristine copy of the weights in host memory.
+"""
+
+import copy
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from peft import LoraConfig, PeftModel, get_peft_model
+from peft.utils import get_peft_model_state_dict
+from safetensors.torch import save_file
+from torch import Tensor, nn
+from transformers import GenerationConfig, PreTrainedModel
+from transformers.modeling_layers import GradientCheckpointingLayer
+
+from prefopt_ray.engine.base import (
+    REFERENCE, ReferencedPairs, Samples, SteppedTrial, StepOutcome, pair_stats,
+)
+from prefopt_ray.engine.batches import SequenceBatch, left_padded, pair_batch, ragged, scoring_order, sequence_batch
+from prefopt_ray.engine.head import completion_logps, divergence_sums
+from prefopt_ray.engine.loading import decoder_and_head
+from prefopt_ray.losses.stats import PairStats
+from prefopt_ray.pairs.tokens import PairTokens, Ragged
+from prefopt_ray.trial import AdapterConfig, ExecutionPlan, OptimizerConfig, TrialConfig
+
+SCORING_TOKENS = 16384  # padded tokens in one forward without gradients
+
+
+@dataclass
+class Slot:
+    """One trial's place: the adapter's name, its trainable parameters by plain name, its optimizer."""
+
+    adapter: str | None  # None: full fine-tuning
+    parameters: dict[str, nn.Parameter]
+    optimizer: torch.optim.Optimizer
+    optimizer_config: OptimizerConfig
+
+
+class PlainEngine:
+    """Engine (see engine.base) over any causal LM that transformers loads.
+
+    `model` must be in evaluation mode (no dropout). `autocast` is the compute dtype of full
+    fine-tuning with float32 weights, or None. `separate_reference` makes the reference model when it
+    is not the policy at step 0; it is called once, on first use.
+    """
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        *,
+        plan: ExecutionPlan,
+        pad_id: int,
+        eos_ids: tuple[int, ...],
+        autocast: torch.dtype | None = None,
+        separate_reference: Callable[[], PreTrainedModel] | None = None,
+    ) -> None:
+        self.plan = plan
+        self.device = model.device
+        self._model = model
+        self._pad_id, self._eos_ids = pad_id, eos_ids
+        self._autocast = autocast
+        self._decoder, self._head = decoder_and_head(model)
+        self._vocabulary = model.get_output_embeddings().weight.shape[0]
+        self._slots: dict[int, Slot] = {}
+        self._peft: PeftModel | None = None
+        self._pristine: dict[str, Tensor] | None = None
+        self._make_reference = separate_reference
+        self._reference: PreTrainedModel | None = None
+        self._reference_head: Callable[[Tensor], Tensor] | None = None
+
+    # -- slots -------------------------------------------------------------------------------------
+
+    def open(self, slot: int, config: TrialConfig) -> None:
+        if config.adapter.kind == "none":
+            parameters = self._open_full(slot)
+            adapter = None
+        else:
+            adapter = f"slot{slot}"
+            parameters = self._open_adapter(adapter, config.adapter, seed=config.seed)
+        _set_gradient_checkpointing(self._model, enabled=config.training.gradient_checkpointing)
+        optimizer = _make_optimizer(parameters, config.training.optimizer)
+        self._slots[slot] = Slot(adapter, parameters, optimizer, config.training.optimizer)
+
+    def _open_adapter(self, name: str, adapter: AdapterConfig, *, seed: int) -> dict[str, nn.Parameter]:
+        target = adapter.target if isinstance(adapter.target, str) else list(adapter.target)
+        lora = LoraConfig(
+            r=adapter.rank, lora_alpha=adapter.alpha, target_modules=target, lora_dropout=0.0, task_type="CAUSAL_LM"
+        )
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)  # peft draws A from the global CPU generator
+            if self._peft is None:
+                self._peft = get_peft_model(self._model, lora, adapter_name=name)
+            else:
+                if name in self._peft.peft_config:
+                    self._peft.delete_adapter(name)
+                self._peft.add_adapter(name, lora)
+        self._peft.set_adapter(name)
+        return {
+            full.replace(f".{name}.", "."): parameter
+            for full, parameter in self._model.named_parameters()
+            if f".{name}." in full
+        }
+
+    def _open_full(self, slot: int) -> dict[str, nn.Parameter]:
+        if slot != 0:
+            raise ValueError("full fine-tuning has one slot")
+        parameters = dict(self._model.named_parameters())
+        if self._pristine is None:
+            self._pristine = {name: p.detach().cpu().clone() for name, p in parameters.items()}
+        with torch.no_grad():
+            for name, parameter in parameters.items():
+                parameter.requires_grad_(requires_grad=True)
+                parameter.grad = None
+                parameter.copy_(self._pristine[name])
+        return parameters
+
+    @contextmanager
+    def _policy(self, slot: int) -> Iterator[PreTrainedModel]:
+        """The model computing a slot's policy, or the reference."""
+        if slot != REFERENCE:
+            adapter = self._slots[slot].adapter
+            if adapter is not None and self._peft is not None and self._peft.active_adapter != adapter:
+                self._peft.set_adapter(adapter)
+            yield self._model
+        elif self._make_reference is not None or self._pristine is not None:
+            yield self._reference_model()
+        elif self._peft is not None:
+            with self._peft.disable_adapter():
+                yield self._model
+        else:
+            yield self._model  # nothing was opened yet: the base itself
+
+    def _reference_model(self) -> PreTrainedModel:
+        if self._reference is None:
+            if self._make_reference is not None:
+                self._reference = self._make_reference()
+            else:
+                self._reference = copy.deepcopy(self._model)
+                with torch.no_grad():
+                    for name, parameter in self._reference.named_parameters():
+                        parameter.requires_grad_(requires_grad=False)
+                        parameter.copy_(self._pristine[name])
+        return self._reference
+
+    # -- computing ---------------------------------------------------------------------------------
+
+    def step(self, trials: Sequence[SteppedTrial]) -> None:
+        for trial in trials:
+            with self._policy(trial.slot):
+                self._step_one(trial, self._slots[trial.slot])
+
+    def _step_one(self, trial: SteppedTrial, slot: Slot) -> None:
+        pairs = trial.next_batch()
+        parameters = list(slot.parameters.values())
+        micro = trial.config.training.micro_batch_pairs
+        gathered: list[PairStats] = []
+        losses: list[Tensor] = []
+        for start in range(0, len(pairs), micro):
+            part = pairs.take(np.arange(start, min(start + micro, len(pairs))))
+            stats = pair_stats(part, self._pair_logps(self._model, part.tokens))
+            loss = trial.loss(stats)  # (b,)
+            (loss.sum() / len(pairs)).backward()
+            gathered.append(stats.detach())
+            losses.append(loss.detach())
+        loss = torch.cat(losses)
+        limit = trial.config.training.max_grad_norm
+        norm = torch.nn.utils.clip_grad_norm_(parameters, limit if limit > 0 else float("inf"))
+        grad_norm = float(norm)
+        applied = bool(np.isfinite(grad_norm)) and bool(torch.isfinite(loss).all())
+        ratio = None
+        if applied:
+            ratio = self._apply(slot, trial.learning_rate, measure=trial.measures_update)
+        slot.optimizer.zero_grad(set_to_none=True)
+        trial.finish_step(StepOutcome(
+            stats=PairStats.gather(gathered).cpu(), losses=loss.cpu(), grad_norm=grad_norm,
+            clipped=0 < limit < grad_norm, update_ratio=ratio, applied=applied,
+        ))
+
+    def _apply(self, slot: Slot, learning_rate: float, *, measure: bool) -> float | None:
+        for group in slot.optimizer.param_groups:
+            group["lr"] = learning_rate
+        if not measure:
+            slot.optimizer.step()
+            return None
+        parameters = [p.detach() for p in slot.parameters.values()]
+        before = [p.clone() for p in parameters]
+        slot.optimizer.step()
+        moved = _norm(torch._foreach_sub(parameters, before))
+        return float(moved / _norm(before).clamp_min(1e-30))
+
+    def score(self, slot: int, pairs: PairTokens, *, advance: Callable[[int], None] | None = None) -> np.ndarray:
+        out = np.empty((len(pairs), 2), dtype=np.float32)
+        with torch.inference_mode(), self._policy(slot) as model:
+            for rows in scoring_order(2 * pairs.longest, token_budget=SCORING_TOKENS):
+                out[rows] = self._pair_logps(model, pairs.take(rows)).cpu().numpy()
+                if advance is not None:
+                    advance(len(rows))
+        return out
+
+    def _pair_logps(self, model: PreTrainedModel, pairs: PairTokens) -> Tensor:
+        """(B, 2) float32 summed completion log-probs."""
+        batch = pair_batch(pairs, pad_id=self._pad_id, device=self.device)
+        with self._precision():
+            hidden = self._hidden(model, batch)
+            sums = completion_logps(hidden, batch, head=self._head_of(model), vocabulary=self._vocabulary)
+        return torch.stack([sums[: len(pairs)], sums[len(pairs) :]], dim=1)
+
+    def _hidden(self, model: PreTrainedModel, batch: SequenceBatch) -> Tensor:
+        decoder = self._decoder if model is self._model else model.get_decoder()
+        return decoder(input_ids=batch.input_ids, attention_mask=batch.attention_mask, use_cache=False).last_hidden_state
+
+    def _head_of(self, model: PreTrainedModel) -> Callable[[Tensor], Tensor]:
+        if model is self._model:
+            return self._head
+        if self._reference_head is None:
+            self._reference_head = decoder_and_head(model)[1]
+        return self._reference_head
+
+    def _precision(self) -> torch.autocast | nullcontext:
+        return torch.autocast(self.device.type, self._autocast) if self._autocast else nullcontext()
+
+    def sample(self, slot: int, prompts: Ragged, *, max_new_tokens: int, seed: int) -> Samples:
+        sequences = [prompts[i] for i in range(len(prompts))]
+        longest = max(len(p) for p in sequences) + max_new_tokens
+        rows = max(1, SCORING_TOKENS // longest)
+        parts = [
+            self._sample_part(slot, sequences[start : start + rows], max_new_tokens=max_new_tokens, seed=seed + start)
+            for start in range(0, len(sequences), rows)
+        ]
+        tokens = [part.completions[i] for part in parts for i in range(len(part.completions))]
+        joined = {name: np.concatenate([getattr(p, name) for p in parts]) for name in ("finished", "kl", "entropy", "positions")}
+        return Samples(completions=ragged(tokens), **joined)
+
+    def _sample_part(self, slot: int, prompts: list[np.ndarray], *, max_new_tokens: int, seed: int) -> Samples:
+        drawn = self._generate(slot, prompts, max_new_tokens=max_new_tokens, seed=seed)
+        ends = [np.flatnonzero(np.isin(row, self._eos_ids)) for row in drawn]
+        finished = np.array([len(end) > 0 for end in ends])
+        whole = [row[: end[0] + 1] if len(end) else row for row, end in zip(drawn, ends)]  # with the end token
+        batch = sequence_batch(prompts, whole, pad_id=self._pad_id, device=self.device)
+        with torch.inference_mode(), self._precision():
+            with self._policy(slot) as model:
+                policy, policy_head = self._hidden(model, batch), self._head_of(model)
+            with self._policy(REFERENCE) as model:
+                reference, reference_head = self._hidden(model, batch), self._head_of(model)
+            kl, entropy = divergence_sums(
+                policy, reference, batch, heads=(policy_head, reference_head), vocabulary=self._vocabulary
+            )
+        bare = [row[:-1] if done else row for row, done in zip(whole, finished)]
+        return Samples(
+            completions=ragged(bare), finished=finished,
+            kl=kl.cpu().numpy().astype(np.float64), entropy=entropy.cpu().numpy().astype(np.float64),
+            positions=np.array([len(row) for row in whole]),
+        )
+
+    def _generate(self, slot: int, prompts: list[np.ndarray], *, max_new_tokens: int, seed: int) -> np.ndarray:
+        """(R, up to max_new_tokens) sampled ids; after the end token a row holds padding."""
+        ids, mask = left_padded(prompts, pad_id=self._pad_id, device=self.device)
+        # A fresh GenerationConfig: the model's own may sharpen, penalise or truncate the distribution.
+        settings = GenerationConfig(
+            do_sample=True, temperature=1.0, top_k=0, top_p=1.0, max_new_tokens=max_new_tokens,
+            eos_token_id=list(self._eos_ids) or None, pad_token_id=self._pad_id, use_cache=True,
+        )
+        cuda = [self.device] if self.device.type == "cuda" else []
+        with torch.inference_mode(), torch.random.fork_rng(devices=cuda), self._precision(), self._policy(slot) as model:
+            torch.manual_seed(seed)
+            out = model.generate(input_ids=ids, attention_mask=mask, generation_config=settings)
+        return out[:, ids.shape[1] :].cpu().numpy()
+
+    # -- keeping -----------------------------------------------------------------------------------
+
+    def state(self, slot: int) -> dict[str, Tensor]:
+        owned = self._slots[slot]
+        tensors = {f"weights/{name}": p.detach().cpu().clone() for name, p in owned.parameters.items()}
+        for name, parameter in owned.parameters.items():
+            for key, value in owned.optimizer.state.get(parameter, {}).items():
+                if isinstance(value, Tensor):
+                    tensors[f"optimizer/{key}/{name}"] = value.detach().cpu().clone()
+        return tensors
+
+    def load(self, slot: int, tensors: dict[str, Tensor]) -> None:
+        """Weights and optimizer from `state`; without optimizer tensors the optimizer starts fresh."""
+        owned = self._slots[slot]
+        with torch.no_grad():
+            for name, parameter in owned.parameters.items():
+                parameter.copy_(tensors[f"weights/{name}"])
+        owned.optimizer = _make_optimizer(owned.parameters, owned.optimizer_config)
+        for tensor_name, value in tensors.items():
+            kind, _, rest = tensor_name.partition("/")
+            if kind == "optimizer":
+                key, _, name = rest.partition("/")
+                parameter = owned.parameters[name]
+                # AdamW keeps its step count on the CPU, whatever the device.
+                place = value.clone() if key == "step" else value.to(parameter.device, copy=True)
+                owned.optimizer.state[parameter][key] = place
+
+    def export(self, slot: int, folder: Path) -> None:
+        folder.mkdir(parents=True, exist_ok=True)
+        owned = self._slots[slot]
+        if owned.adapter is None:
+            self._model.save_pretrained(folder)
+            return
+        weights = get_peft_model_state_dict(self._peft, adapter_name=owned.adapter)
+        save_file({name: t.detach().cpu().contiguous() for name, t in weights.items()}, folder / "adapter_model.safetensors")
+        config = copy.copy(self._peft.peft_config[owned.adapter])
+        config.inference_mode = True
+        config.save_pretrained(folder)
+
+
+def _make_optimizer(parameters: dict[str, nn.Parameter], config: OptimizerConfig) -> torch.optim.Optimizer:
+    values = list(parameters.values())
+    if config.kind == "sgd":
+        return torch.optim.SGD(values, lr=0.0, momentum=config.momentum, weight_decay=config.weight_decay)
+    return torch.optim.AdamW(values, lr=0.0, betas=config.betas, eps=config.eps, weight_decay=config.weight_decay)
+
+
+def _set_gradient_checkpointing(model: PreTrainedModel, *, enabled: bool) -> None:
+    """transformers recomputes a layer only while its `training` flag is set. The flag is set on those
+    layers alone and not on what is inside them, so dropout stays off."""
+    word = "activation" if hasattr(model, "activation_checkpointing_enable") else "gradient"  # renamed in 5.x
+    if enabled:
+        getattr(model, f"{word}_checkpointing_enable")(**{f"{word}_checkpointing_kwargs": {"use_reentrant": False}})
+    elif getattr(model, f"is_{word}_checkpointing"):
+        getattr(model, f"{word}_checkpointing_disable")()
+    for module in model.modules():
+        if isinstance(module, GradientCheckpointingLayer):
+            module.training = enabled
+
+
+def _norm(tensors: list[Tensor]) -> Tensor:
+    return torch.linalg.vector_norm(torch.stack([torch.linalg.vector_norm(t.float()) for t in tensors]))

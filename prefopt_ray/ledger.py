@@ -1,0 +1,197 @@
+"""The ledger: what happened in a sweep, one JSON line per event, appended and flushed to disk by the driver.
+
+It is the one source for resume, status and answer. A torn last line (power loss) is dropped when
+read and cut off before the next append. Knows nothing of Ray or MLflow.
+"""
+
+import json
+import logging
+import os
+import threading
+import time
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from prefopt_ray.errors import Problem, SweepError
+from prefopt_ray.trial import EndState, Report, TrialConfig
+
+FORMAT = 1
+LEDGER_FILE = "ledger.jsonl"
+
+log = logging.getLogger(__name__)
+
+
+class Ledger:
+    """Append-only writer. One process writes, from any of its threads; any number read."""
+
+    def __init__(self, path: Path) -> None:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        _cut_torn_line(path)
+        self._file = path.open("a", encoding="utf-8")
+        self._lock = threading.Lock()
+
+    def append(self, event: str, **fields: Any) -> None:
+        line = json.dumps({"event": event, "at": round(time.time(), 3), **fields}, ensure_ascii=False)
+        with self._lock:
+            self._file.write(line + "\n")
+            self._file.flush()
+            os.fsync(self._file.fileno())
+
+    def close(self) -> None:
+        self._file.close()
+
+
+@dataclass(frozen=True)
+class Decision:
+    """Why a trial went on or was stopped at a rung."""
+
+    rung: int  # optimizer step
+    value: float  # best gain so far
+    cutoff: float | None  # None: nobody was there before
+    recorded: int  # values at the rung, this one included
+    keep: bool
+    reason: str
+
+
+@dataclass
+class TrialRecord:
+    """One trial as the ledger tells it."""
+
+    trial_id: str
+    number: int
+    values: dict[str, float]  # what the searcher drew: loss parameters and learning_rate
+    config: TrialConfig
+    baseline: bool
+    run_id: str | None = None  # MLflow
+    reports: dict[int, Report] = field(default_factory=dict)
+    decisions: list[Decision] = field(default_factory=list)
+    end_state: EndState | None = None
+    reason: str = ""
+    paused: bool = False
+
+    @property
+    def last(self) -> Report | None:
+        return self.reports[max(self.reports)] if self.reports else None
+
+    @property
+    def score(self) -> float:
+        """Best gain so far; -1 when no evaluation after a training step was valid."""
+        return self.last.best_so_far if self.last else -1.0
+
+    @property
+    def best_step(self) -> int:
+        return self.last.best_step if self.last else -1
+
+    @property
+    def unopposed(self) -> bool:
+        """It passed a rung where nobody had been before, and was never compared there."""
+        return any(d.cutoff is None and d.keep for d in self.decisions) and not self.baseline
+
+
+@dataclass
+class SweepRecord:
+    """A sweep as its ledger tells it."""
+
+    folder: Path
+    sweep_id: str = ""
+    name: str = ""
+    spec_hash: str = ""
+    facts: dict[str, Any] = field(default_factory=dict)  # counts and digests of the data, model and plan
+    run_id: str | None = None  # MLflow parent run
+    trials: dict[str, TrialRecord] = field(default_factory=dict)
+    tested: dict[str, int] = field(default_factory=dict)  # trial -> step scored on the test part
+    finished: bool = False
+
+    @property
+    def baseline(self) -> TrialRecord | None:
+        return next((t for t in self.trials.values() if t.baseline), None)
+
+
+def read_sweep(folder: Path) -> SweepRecord:
+    """Fold a sweep folder's ledger. Raises SweepError when there is none."""
+    path = folder / LEDGER_FILE
+    if not path.is_file():
+        raise SweepError(Problem(
+            place=str(folder), key="", found="no ledger.jsonl", rule="this is not a sweep folder",
+            fix="name a sweep from `prefopt list`, or the folder that `prefopt run` printed",
+        ))
+    record = SweepRecord(folder)
+    for event in read_events(path):
+        _fold(record, event)
+    return record
+
+
+def read_events(path: Path) -> Iterator[dict[str, Any]]:
+    """Events in order. A torn last line is skipped; any other unreadable line raises SweepError."""
+    lines = path.read_bytes().split(b"\n")
+    for number, line in enumerate(lines, start=1):
+        if not line:
+            continue
+        try:
+            yield json.loads(line)
+        except ValueError as error:
+            if number == len(lines):
+                log.warning("%s: the last line is torn and was left out", path)
+                return
+            raise SweepError(Problem(
+                place=f"{path}:{number}", key="", found=repr(line[:60]), rule="a ledger line must be JSON",
+                fix="restore the file from a backup; a line in the middle is never torn by a crash",
+            )) from error
+
+
+def request_stop(folder: Path) -> None:
+    """Ask a running sweep to checkpoint its trials and stop; seen by its driver and by every trial."""
+    commands = folder / "commands"
+    commands.mkdir(parents=True, exist_ok=True)
+    (commands / "stop").touch()
+
+
+def stop_requested(folder: Path) -> bool:
+    return (folder / "commands" / "stop").exists()
+
+
+def clear_stop(folder: Path) -> None:
+    (folder / "commands" / "stop").unlink(missing_ok=True)
+
+
+def _fold(sweep: SweepRecord, event: Mapping[str, Any]) -> None:
+    kind = event["event"]
+    trial = sweep.trials.get(event.get("trial", ""))
+    if kind == "sweep":
+        sweep.sweep_id, sweep.name, sweep.spec_hash = event["sweep_id"], event["name"], event["spec_hash"]
+        sweep.facts = dict(event["facts"])
+    elif kind == "trial":
+        config = TrialConfig.from_dict(event["config"])
+        sweep.trials[event["trial"]] = TrialRecord(
+            event["trial"], event["number"], dict(event["values"]), config, event["baseline"]
+        )
+    elif kind == "tracked" and trial is None:
+        sweep.run_id = event["run_id"]
+    elif kind == "tracked":
+        trial.run_id = event["run_id"]
+    elif kind == "report":
+        report = Report.from_dict(event["report"])
+        trial.reports[report.step] = report
+        trial.paused = False
+    elif kind == "decision":
+        trial.decisions.append(Decision(**event["decision"]))
+    elif kind == "end":
+        trial.end_state, trial.reason, trial.paused = EndState(event["end_state"]), event["reason"], False
+    elif kind == "paused":
+        trial.paused = True
+    elif kind == "tested":
+        sweep.tested[event["trial"]] = event["step"]
+    elif kind == "finished":
+        sweep.finished = True
+
+
+def _cut_torn_line(path: Path) -> None:
+    if not path.exists():
+        return
+    with path.open("rb+") as handle:
+        data = handle.read()
+        whole = data.rfind(b"\n") + 1
+        if whole < len(data):
+            handle.truncate(whole)

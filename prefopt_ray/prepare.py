@@ -1,0 +1,234 @@
+"""From a spec to what trials share: model source, token ids, reference, and a blueprint of the warm worker.
+
+The one place where spec, pairs, engine and gold meet. Knows nothing of Ray or MLflow: a notebook and
+`prefopt train` use it as sweeps do.
+"""
+
+import os
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import torch
+from transformers import AutoConfig, PreTrainedTokenizerBase
+
+from prefopt_ray.engine.base import ReferencedPairs
+from prefopt_ray.engine.loading import ModelSource, check_tokens_fit, load_model, load_tokenizer, source_digest
+from prefopt_ray.engine.plain import PlainEngine
+from prefopt_ray.engine.reference import Progress, ReferenceKey, reference_parts, stored_parts
+from prefopt_ray.gold.base import ensure_gold_base
+from prefopt_ray.gold.pairs import gold_rows
+from prefopt_ray.gold.scorer import GoldScorer
+from prefopt_ray.pairs.config import PairsConfig, PartConfig, SourceConfig
+from prefopt_ray.pairs.load import LoadedPairs, load_sweep_data
+from prefopt_ray.pairs.tokens import SweepData
+from prefopt_ray.spec import OtherModel, PartSpec, SweepSpec
+from prefopt_ray.train import Worker, make_worker
+from prefopt_ray.trial import ExecutionPlan
+
+GOLD = "gold"
+Stage = Callable[[str], Progress]  # name of a long step -> its progress function
+
+
+@dataclass(frozen=True)
+class WorkerBlueprint:
+    """All that a process needs to become a warm worker. Travels through Ray's object store; arrays are not copied."""
+
+    model: ModelSource
+    reference: ModelSource | None  # None: the policy at step 0
+    full_finetuning: bool
+    pad_id: int
+    eos_ids: tuple[int, ...]
+    largest_id: int
+    probe_pairs: int
+    sample_prompts: int
+    gold: bool
+    threads: int
+    device: str  # cpu | cuda
+    micro_batch_pairs: int
+    parts: dict[str, ReferencedPairs] | None = None  # None: the reference pass is still to be made
+
+    def __call__(self) -> Worker:
+        """Load the model and open the worker. Raises ModelError."""
+        if self.parts is None:
+            raise ValueError("the reference pass comes first: blueprint.with_reference(...)")
+        engine = self.open_engine()
+        tokenizer = load_tokenizer(self.model)
+        return make_worker(
+            engine, self.parts,
+            decode=lambda ids: tokenizer.decode(ids, skip_special_tokens=True),
+            probe_pairs=self.probe_pairs, sample_prompts=self.sample_prompts,
+            scorers=(GoldScorer(),) if self.gold else (), reference_is_start=self.reference is None,
+        )
+
+    def open_engine(self) -> PlainEngine:
+        torch.set_num_threads(self.threads)
+        device = torch.device(self.device)
+        # Full fine-tuning in bfloat16 would round small updates away: float32 weights, bfloat16 arithmetic.
+        autocast = torch.bfloat16 if self.full_finetuning and self.model.dtype == "bfloat16" else None
+        weights = "float32" if autocast else self.model.dtype
+        model = load_model(self.model, device=device, weights_dtype=weights).model
+        check_tokens_fit(model, load_tokenizer(self.model), largest_id=self.largest_id)
+        plan = ExecutionPlan(
+            engine="plain", device=self.device, dtype=self.model.dtype,
+            attention=str(model.config._attn_implementation), threads=self.threads,
+            micro_batch_pairs=self.micro_batch_pairs, versions=_versions(),
+        )
+        other = self.reference
+        return PlainEngine(
+            model, plan=plan, pad_id=self.pad_id, eos_ids=self.eos_ids, autocast=autocast,
+            separate_reference=(
+                (lambda: load_model(other, device=device, weights_dtype=weights).model) if other else None
+            ),
+        )
+
+    def with_reference(
+        self, data: SweepData, *, cache: Path | None, progress: Progress | None = None
+    ) -> "WorkerBlueprint":
+        """The blueprint with reference log-probs: from the cache, or by loading the model for one pass."""
+        known = stored_parts(data, self.reference_key(), cache=cache)
+        if len(known) < len(data.parts):
+            known = reference_parts(
+                self.open_engine(), data, self.reference_key(), cache=cache, progress=progress
+            )
+        return replace(self, parts=known)
+
+    def reference_key(self) -> ReferenceKey:
+        dtype = f"{self.model.dtype}{'/autocast' if self.full_finetuning else ''}"
+        return ReferenceKey(source_digest(self.reference or self.model), dtype, "default", self.device)
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """A spec made concrete on this machine, up to the reference pass."""
+
+    blueprint: WorkerBlueprint
+    tokenizer: PreTrainedTokenizerBase
+    loaded: LoadedPairs
+
+    @property
+    def train_pairs(self) -> int:
+        return len(self.loaded.data.train)
+
+    @property
+    def longest_tokens(self) -> int:
+        return int(self.loaded.data.train.longest.max())
+
+
+def cache_folder(spec: SweepSpec) -> Path:
+    return spec.storage / "cache"
+
+
+def prepare(spec: SweepSpec, *, stage: Stage, device: str, threads: int) -> Prepared:
+    """Model source, tokenizer, token ids. Raises ModelError and DataError."""
+    source = policy_source(spec, stage=stage)
+    tokenizer = load_tokenizer(source)
+    loaded = load_sweep_data(
+        pairs_config(spec, source), tokenizer, cache=cache_folder(spec) / "pairs", progress=stage("tokenising")
+    )
+    longest = int(loaded.data.train.longest.max())
+    blueprint = WorkerBlueprint(
+        model=source,
+        reference=_reference_source(spec, source),
+        full_finetuning=spec.model.adapter.kind == "none",
+        pad_id=loaded.data.pad_id,
+        eos_ids=loaded.data.eos_ids,
+        largest_id=loaded.max_token_id,
+        probe_pairs=spec.eval.train_probe,
+        sample_prompts=spec.samples.prompts,
+        gold=spec.data.is_gold,
+        threads=threads,
+        device=device,
+        micro_batch_pairs=_micro_batch(spec, len(loaded.data.train), longest),
+    )
+    return Prepared(blueprint, tokenizer, loaded)
+
+
+def open_worker(spec: SweepSpec, *, stage: Stage | None = None) -> tuple[Worker, Prepared]:
+    """Everything in this process: what a notebook and `prefopt train` use."""
+    stage = stage or _silent
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    threads = spec.resources.cpus_per_trial if device == "cpu" else (os.cpu_count() or 1)
+    prepared = prepare(spec, stage=stage, device=device, threads=threads)
+    blueprint = prepared.blueprint.with_reference(
+        prepared.loaded.data, cache=cache_folder(spec) / "reference", progress=stage("reference pass")
+    )
+    return blueprint(), prepared
+
+
+def policy_source(spec: SweepSpec, *, stage: Stage) -> ModelSource:
+    """Where the policy's weights are; hub ids pinned to the commit they have now."""
+    model = spec.model
+    if model.policy == GOLD:
+        folder = ensure_gold_base(cache_folder(spec), progress=stage("gold base model"))
+        return ModelSource(str(folder), dtype=model.dtype)
+    adapters = (model.start_adapter,) if model.start_adapter else ()
+    return _pinned(ModelSource(model.policy, model.revision, adapters, model.dtype))
+
+
+def pairs_config(spec: SweepSpec, source: ModelSource) -> PairsConfig:
+    """The spec's data section in the pairs layer's terms; the gold language's rows are made here."""
+    data = spec.data
+
+    def part(name: str) -> PartConfig:
+        written = data.part(name)
+        if written.from_ == "train":
+            return PartConfig(None, written.pairs)
+        return PartConfig(_source(written, name, source), written.pairs)
+
+    return PairsConfig(
+        train=part("train"), select=part("select"), test=part("test"),
+        text=data.text_mode, max_tokens=data.max_tokens, seed=spec.search.seed,
+    )
+
+
+def _source(part: PartSpec, name: str, model: ModelSource) -> SourceConfig:
+    if part.source == GOLD:
+        rows = gold_rows(Path(model.model), split=name, pairs=part.pairs)
+        return SourceConfig(source=GOLD, split=name, rows=tuple(rows))
+    return SourceConfig(
+        source=part.source, split=part.split or "train", data_dir=_tuple(part.data_dir), files=_tuple(part.files),
+        revision=part.revision, columns=dict(part.columns or {}),
+    )
+
+
+def _tuple(value: str | tuple[str, ...] | None) -> tuple[str, ...]:
+    if value is None:
+        return ()
+    return (value,) if isinstance(value, str) else tuple(value)
+
+
+def _reference_source(spec: SweepSpec, policy: ModelSource) -> ModelSource | None:
+    """None when the reference is the policy at step 0, which is the base with its adapter off."""
+    reference = spec.model.reference
+    if isinstance(reference, OtherModel):
+        adapters = (reference.adapter,) if reference.adapter else ()
+        return _pinned(ModelSource(reference.model, None, adapters, policy.dtype))
+    if reference == "base" and policy.adapters:
+        return replace(policy, adapters=())
+    return None
+
+
+def _pinned(source: ModelSource) -> ModelSource:
+    if Path(source.model).expanduser().is_dir():
+        return source
+    load_tokenizer(source)  # names what is wrong with the id before anything else does
+    commit = getattr(AutoConfig.from_pretrained(source.model, revision=source.revision), "_commit_hash", None)
+    return replace(source, revision=commit or source.revision)
+
+
+def _micro_batch(spec: SweepSpec, train_pairs: int, longest: int) -> int:
+    loss, values = spec.baseline_values()
+    config = spec.trial_config(loss, values, train_pairs=train_pairs, max_tokens_hint=longest)
+    return config.training.micro_batch_pairs
+
+
+def _versions() -> dict[str, str]:
+    import peft
+    import transformers
+
+    return {"torch": torch.__version__, "transformers": transformers.__version__, "peft": peft.__version__}
+
+
+def _silent(name: str) -> Progress:
+    return lambda done, total: None

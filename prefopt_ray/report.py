@@ -1,0 +1,177 @@
+"""Stored results as words and tables: the answer in sentences, the leaderboard, one trial's row.
+
+Every place that shows a trial (terminal, MLflow, JSON) shows the fields made here.
+"""
+
+from collections.abc import Mapping
+from typing import Any
+
+from prefopt_ray.answer import Alike, Answer, Standing
+from prefopt_ray.ledger import SweepRecord, TrialRecord
+from prefopt_ray.measures.compare import Difference
+from prefopt_ray.trial import EndState, Report
+
+_STATE_WORDS = {EndState.STOPPED_EARLY: "stopped", EndState.STOPPED_OVERFIT: "overfit stop",
+                EndState.OUT_OF_MEMORY: "out of mem", EndState.STOPPED_BY_USER: "by user"}
+
+
+def answer_lines(sweep: SweepRecord, answer: Answer) -> list[str]:
+    """The answer in plain words; the first line stands alone."""
+    if answer.winner is None:
+        return [f"No configuration has a valid score ({end_state_counts(sweep)}).", *_reasons(sweep)]
+    lines = [_headline(answer)]
+    if answer.test_gain is None:
+        lines.append(f"Its gain on the select part is {answer.winner.score:.4f} bits per pair; "
+                     "not scored on test yet, so this is optimistic and the order may change.")
+    else:
+        lines += _test_lines(answer)
+    lines += [f"Note: {warning}." for warning in answer.warnings]
+    lines.append(f"Trials: {end_state_counts(sweep)}.")
+    return lines
+
+
+def leaderboard(answer: Answer) -> list[dict[str, str | float | int | None]]:
+    """One flat row per trial in the order of the answer."""
+    return [_row(standing) for standing in answer.standings]
+
+
+def answer_json(sweep: SweepRecord, answer: Answer) -> dict[str, Any]:
+    """The answer as one JSON document."""
+    winner = answer.winner
+    return {
+        "sweep": sweep.sweep_id,
+        "name": sweep.name,
+        "folder": str(sweep.folder),
+        "finished": sweep.finished,
+        "best": None if winner is None else {
+            **_row(next(s for s in answer.standings if s.trial is winner)),
+            "total_steps": winner.config.training.total_steps,
+            "test_gain": answer.test_gain and vars(answer.test_gain),
+            "baseline_test_gain": answer.baseline_gain and vars(answer.baseline_gain),
+            "minus_baseline": answer.over_baseline and vars(answer.over_baseline),
+            "beats_baseline": answer.beats_baseline,
+            "training_seeds": 1,
+        },
+        "cannot_be_told_apart": [
+            {"trial": a.trial.trial_id, "configuration": a.trial.config.label, "stop_step": a.trial.best_step,
+             "best_minus_this": vars(a.difference), "part": a.part}
+            for a in answer.alike
+        ],
+        "resolvable_difference": answer.resolvable,
+        "warnings": list(answer.warnings),
+        "trials": leaderboard(answer),
+    }
+
+
+def report_line(report: Report) -> str:
+    """One evaluation as one line."""
+    metrics = report.metrics
+    gold = f"  gold {metrics['gold/reward']:.2f}" if "gold/reward" in metrics else ""
+    measured = (
+        f"gain {report.objective:.4f}  accuracy {metrics['eval/rewards/accuracy']:.3f}  "
+        f"h {metrics['eval/h/mean']:.2f}" if "eval/gain" in metrics else "not evaluated"
+    )
+    end = f"  [{report.end_state}: {report.reason}]" if report.end_state else ""
+    return f"step {report.step:>5}  {measured}{gold}  {report.verdict.headline}{end}"
+
+
+def end_state_counts(sweep: SweepRecord) -> str:
+    """`5 completed, 7 stopped_early, 1 paused`."""
+    counts: dict[str, int] = {}
+    for trial in sweep.trials.values():
+        name = trial.end_state or ("paused" if trial.paused else "unfinished")
+        counts[name] = counts.get(name, 0) + 1
+    return ", ".join(f"{count} {name}" for name, count in counts.items()) or "none"
+
+
+def state_word(trial: TrialRecord) -> str:
+    """At most 12 characters."""
+    if trial.end_state is not None:
+        return _STATE_WORDS.get(trial.end_state, trial.end_state.value)
+    return "paused" if trial.paused else "running"
+
+
+def _headline(answer: Answer) -> str:
+    winner = answer.winner
+    where = f"{winner.config.label}, stopped at step {winner.best_step} of {winner.config.training.total_steps}"
+    if winner.baseline:
+        return f"Nothing beats the baseline: {where}."
+    if answer.over_baseline is not None and not answer.beats_baseline:
+        return f"Nothing is shown to beat the baseline; first in rank is {where}."
+    return f"Best: {where}."
+
+
+def _test_lines(answer: Answer) -> list[str]:
+    gain = answer.test_gain
+    lines = [
+        f"Gain on test, which selected nothing: {gain.gain:.4f} bits per pair "
+        f"(95 % interval {gain.low:.4f} to {gain.high:.4f}; {gain.n} pairs, {gain.clusters} prompts)."
+    ]
+    if answer.over_baseline is not None:
+        lines.append(f"Minus the baseline ({answer.baseline.config.label}, step {answer.baseline.best_step}): "
+                     f"{_signed(answer.over_baseline)}; {_verdict_on(answer.over_baseline)}.")
+    elif answer.winner is not answer.baseline:
+        lines.append("The baseline has no valid score to compare with.")
+    if answer.alike:
+        lines.append(f"Cannot be told apart from it with these pairs ({len(answer.alike)}):")
+        lines += [f"  {_alike_line(alike)}" for alike in answer.alike]
+    else:
+        lines.append("Every other configuration can be told apart from it.")
+    lines.append(f"These pairs resolve differences of about {answer.resolvable:.4f} and more. "
+                 "All of this is for this training seed.")
+    return lines
+
+
+def _verdict_on(difference: Difference) -> str:
+    if difference.low > 0:
+        return "better than the baseline"
+    return "worse than the baseline" if difference.high < 0 else "not shown to differ from the baseline"
+
+
+def _alike_line(alike: Alike) -> str:
+    trial = alike.trial
+    return (f"{trial.trial_id} {trial.config.label} at step {trial.best_step}: best minus this "
+            f"{_signed(alike.difference)} on {alike.part}")
+
+
+def _signed(difference: Difference) -> str:
+    return f"{difference.mean:+.4f} ({difference.low:+.4f} to {difference.high:+.4f})"
+
+
+def _reasons(sweep: SweepRecord) -> list[str]:
+    return [f"  {t.trial_id} {t.config.label}: {t.end_state}: {t.reason}" for t in sweep.trials.values() if t.reason]
+
+
+def _row(standing: Standing) -> dict[str, str | float | int | None]:
+    trial, last = standing.trial, standing.trial.last
+    best = trial.reports.get(trial.best_step)
+    metrics: Mapping[str, float] = best.metrics if best else {}
+    return {
+        "rank": standing.rank,
+        "trial": trial.trial_id,
+        "baseline": "baseline" if trial.baseline else "",
+        "loss": trial.config.loss,
+        **trial.values,
+        "end_state": trial.end_state.value if trial.end_state else state_word(trial),
+        "verdict_at_best": last.verdict_at_best.headline if last else None,
+        "verdict_at_end": last.verdict.headline if last else None,
+        "score": round(trial.score, 4),
+        "accuracy": _rounded(metrics.get("eval/rewards/accuracy")),
+        "stop_step": trial.best_step,
+        "steps_trained": last.step if last else 0,
+        "onset_step": last.verdict.onset_step if last else None,
+        "drift_per_token": _rounded(standing.drift if best else None),
+        "gold_reward_at_best": _rounded(metrics.get("gold/reward")),
+        "gold_reward_at_end": _rounded(_last_value(trial, "gold/reward")),
+        "final_kl": _rounded(_last_value(trial, "samples/kl")),
+        "reason": trial.reason,
+    }
+
+
+def _last_value(trial: TrialRecord, key: str) -> float | None:
+    values = [trial.reports[step].metrics[key] for step in sorted(trial.reports) if key in trial.reports[step].metrics]
+    return values[-1] if values else None
+
+
+def _rounded(value: float | None) -> float | None:
+    return None if value is None else round(value, 4)

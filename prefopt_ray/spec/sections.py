@@ -1,0 +1,413 @@
+"""The sections of a sweep spec: keys, types, defaults with their reasons. One section knows nothing of another.
+
+Defaults that a trial's config has too are taken from `prefopt_ray.trial`, where they live.
+"""
+
+import difflib
+import math
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from fractions import Fraction
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, PlainSerializer, PlainValidator
+from pydantic_core import PydanticCustomError
+
+from prefopt_ray.spec.layers import DATA_ENDINGS
+from prefopt_ray.spec.space import Domain, DomainError, parse_domain, write_domain
+from prefopt_ray.trial import AdapterConfig, EvaluationConfig, GuardConfig, OptimizerConfig, TrainingConfig
+
+GOLD = "gold"  # the embedded task: the policy's name and the source of its pairs
+RUNGS = "rungs"  # in `eval.at` and `samples.at`: the steps where ASHA decides
+
+
+def broken(rule: str, fix: str = "") -> PydanticCustomError:
+    """What a validator here raises: a rule and a fix in the researcher's words."""
+    return PydanticCustomError("rule", "{rule}", {"rule": rule, "fix": fix})
+
+
+# ---- values that YAML writes in more than one way ----
+
+
+def _amount(value: Any) -> int | str:
+    if isinstance(value, int) and not isinstance(value, bool) and value >= 0:
+        return value
+    if isinstance(value, str) and re.fullmatch(r"\d+(\.\d+)?\s*%", value) and float(value[:-1]) <= 100:
+        return value.replace(" ", "")
+    raise broken("must be a share such as 3% (0% to 100%) or a whole number of steps")
+
+
+def _positions(value: Any) -> tuple[int | str, ...]:
+    items = value if isinstance(value, (list, tuple)) else [value]
+    try:
+        return tuple(RUNGS if item == RUNGS else _amount(item) for item in items)
+    except PydanticCustomError as error:
+        raise broken("each is a share such as 25%, a step such as 40, or the word rungs") from error
+
+
+def _first_rung(value: Any) -> int | str:
+    if float(str(_amount(value)).rstrip("%")) == 0:
+        raise broken("must be above 0% and at most 100%, or a step from 1", "10% is usual")
+    return _amount(value)
+
+
+def _sample_positions(value: Any) -> tuple[int | str, ...]:
+    return () if value == "never" else _positions(value)
+
+
+def _texts(value: Any) -> tuple[str, ...]:
+    items = value if isinstance(value, (list, tuple)) else [value]
+    if not items or not all(isinstance(item, str) and item.strip() for item in items):
+        raise broken("must be a text or a list of texts")
+    return tuple(items)
+
+
+def _target(value: Any) -> str | tuple[str, ...]:
+    return value if isinstance(value, str) and value.strip() else _texts(value)
+
+
+def _one_or_many(values: tuple[str, ...]) -> str | list[str]:
+    return values[0] if len(values) == 1 else list(values)
+
+
+def _plain(value: str | tuple[str, ...]) -> str | list[str]:
+    return value if isinstance(value, str) else list(value)
+
+
+def _domain(value: Any) -> Domain:
+    try:
+        return parse_domain(value)
+    except DomainError as error:
+        raise broken(error.rule, error.fix) from error
+
+
+def _text_mode(value: Any) -> str:
+    if isinstance(value, str) and (value in ("template", "plain") or value.endswith(".jinja")):
+        return value
+    raise broken("must be template, plain or a FILE.jinja", _meant(value, ("template", "plain")))
+
+
+def _tracking_uri(value: Any) -> str:
+    if isinstance(value, str) and (value in ("sqlite", "databricks") or re.match(r"[a-z][a-z0-9+.-]*://\S", value)):
+        return value
+    raise broken("must be `sqlite` (a file in the storage folder) or a tracking URI such as https://mlflow.example.org")
+
+
+def _auto_or_count(value: Any) -> int | str:
+    if value == "auto" or (isinstance(value, int) and not isinstance(value, bool) and value >= 1):
+        return value
+    raise broken("must be auto or a whole number, 1 or more")
+
+
+def _auto_or_share(value: Any) -> float | str:
+    if value == "auto":
+        return value
+    if isinstance(value, (int, float)) and not isinstance(value, bool) and 0 <= value < math.inf:
+        return float(value)
+    raise broken("must be auto, 0, a fraction such as 0.5, or a number of GPUs")
+
+
+def parse_storage(value: Any) -> Path:
+    if not isinstance(value, (str, Path)) or not str(value).strip():
+        raise broken("must be a folder")
+    if "://" in str(value):
+        raise broken("storage in the cloud is known, but not supported yet", "name a folder; NFS works")
+    return Path(value).expanduser().absolute()
+
+
+def _stop_steps(value: Any) -> dict[int, int]:
+    if isinstance(value, (list, tuple)):
+        value = dict(enumerate(value))
+    if not isinstance(value, Mapping) or not value:
+        raise broken("must list the stop steps in trial order, or map trial numbers to them", "write {0: 320, 1: 80}")
+    steps = {}
+    for trial, step in value.items():
+        if not str(trial).isdecimal() or not isinstance(step, int) or isinstance(step, bool) or step < 1:
+            raise broken("trial numbers start at 0 (the baseline), steps at 1", "write {0: 320, 1: 80}")
+        steps[int(trial)] = step
+    return steps
+
+
+@dataclass(frozen=True)
+class OtherModel:
+    """A reference that is not the policy."""
+
+    model: str
+    adapter: str | None = None
+
+
+def _reference(value: Any) -> str | OtherModel:
+    if value in ("start", "base"):
+        return value
+    if isinstance(value, OtherModel):
+        return value
+    if isinstance(value, Mapping) and "model" in value and set(value) <= {"model", "adapter"}:
+        _texts(list(value.values()))
+        return OtherModel(**value)
+    rule = "must be start (the policy at step 0), base (before start_adapter) or {model: ..., adapter: ...}"
+    raise broken(rule, _meant(value, ("start", "base")))
+
+
+def _write_reference(value: str | OtherModel) -> str | dict[str, str]:
+    if isinstance(value, str):
+        return value
+    return {"model": value.model} | ({"adapter": value.adapter} if value.adapter else {})
+
+
+@dataclass(frozen=True)
+class Baseline:
+    """What every trial is compared with; `values` may leave parameters to the card."""
+
+    loss: str
+    values: Mapping[str, float]
+
+
+def _baseline(value: Any) -> Baseline:
+    if isinstance(value, Baseline):
+        return value
+    fix = "write {loss: sigmoid, beta: 0.1, learning_rate: 5e-6}, or leave it out for DPO with usual values"
+    if not isinstance(value, Mapping) or not isinstance(value.get("loss"), str):
+        raise broken("every sweep has a baseline: a loss and its values", fix)
+    numbers = {name: number for name, number in value.items() if name != "loss"}
+    for name, number in numbers.items():
+        if isinstance(number, bool) or not isinstance(number, (int, float)):
+            raise broken(f"{name} of a baseline is one number", fix)
+    return Baseline(value["loss"], {name: float(number) for name, number in numbers.items()})
+
+
+def _write_baseline(baseline: Baseline) -> dict[str, Any]:
+    return {"loss": baseline.loss, **baseline.values}
+
+
+def _meant(value: Any, valid: tuple[str, ...]) -> str:
+    close = difflib.get_close_matches(str(value), valid, n=1)
+    return f"did you mean {close[0]}?" if close else ""
+
+
+Amount = Annotated[int | str, PlainValidator(_amount)]
+Positions = Annotated[tuple[int | str, ...], PlainValidator(_positions), PlainSerializer(list)]
+Texts = Annotated[tuple[str, ...], PlainValidator(_texts), PlainSerializer(_one_or_many)]
+SearchDomain = Annotated[Domain, PlainValidator(_domain), PlainSerializer(write_domain)]
+Text = Annotated[str, Field(min_length=1)]
+Count = Annotated[int, Field(ge=1)]
+Seed = Annotated[int, Field(ge=0)]
+Columns = dict[Literal["prompt", "chosen", "rejected", "system"], Text]  # role -> column of the source
+
+
+class Section(BaseModel):
+    """Unknown keys are refused, nothing is converted (`"16"` is not 16), values do not change after loading."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False)
+
+
+# ---- the sections ----
+
+
+class AdapterSpec(Section):
+    """What is trained: a LoRA on some linears, or (`none`) every weight."""
+
+    kind: Literal["lora", "none"] = AdapterConfig.kind
+    rank: Count = AdapterConfig.rank
+    alpha: Annotated[float, Field(gt=0)] = float(AdapterConfig.alpha)
+    target: Annotated[str | tuple[str, ...], PlainValidator(_target), PlainSerializer(_plain)] = AdapterConfig.target
+
+
+class ModelSpec(Section):
+    """The policy, what it starts from and what it is compared with."""
+
+    policy: Text  # hub id, local folder, or `gold`
+    revision: Text | None = None  # hub ids only; absent = the newest, whose commit is recorded
+    # The policy at step 0 is the reference of every published recipe: losses then start at their known L0.
+    reference: Annotated[str | OtherModel, PlainValidator(_reference), PlainSerializer(_write_reference)] = "start"
+    start_adapter: Text | None = None  # merged in float32 before the sweep
+    adapter: AdapterSpec = AdapterSpec()
+    dtype: Literal["bfloat16", "float32"] = "bfloat16"  # what published checkpoints are stored in
+
+
+class PartSpec(Section):
+    """One of train, select, test: a source of its own, another split of train's source, or carved out of train."""
+
+    source: Text | None = None  # hub id, local file or folder, or `gold`
+    from_: Annotated[Literal["train"] | None, Field(alias="from")] = None
+    revision: Text | None = None
+    split: Text | None = None
+    data_dir: Texts | None = None
+    files: Texts | None = None
+    pairs: Count | None = None  # absent = all
+    columns: Columns | None = None  # absent = data.columns
+
+    def origin(self) -> tuple[Any, ...]:
+        """What decides which rows are read."""
+        return self.source, self.revision, self.split or "train", self.data_dir, self.files
+
+    @property
+    def is_local_file(self) -> bool:
+        return self.source is not None and self.source.endswith(DATA_ENDINGS)
+
+
+# An accuracy from 1000 pairs is known to +-3 points (95 %): with fewer, most configurations cannot be told
+# apart. A small data set names its own, smaller number.
+CARVED_PAIRS = 1000
+
+
+class DataSpec(Section):
+    """Preference pairs in three parts that share no prompt."""
+
+    train: PartSpec
+    select: PartSpec | None = None
+    test: PartSpec | None = None
+    # Absent = template, since the policies people tune are chat models; plain for gold, which has no turns.
+    text: Annotated[str | None, PlainValidator(_text_mode)] = None
+    max_tokens: Annotated[int, Field(ge=8)] = 2048  # the longest pair of common chat preference sets, uncut
+    columns: Columns = {}
+
+    @property
+    def is_gold(self) -> bool:
+        return self.train.source == GOLD
+
+    @property
+    def text_mode(self) -> str:
+        return self.text or ("plain" if self.is_gold else "template")
+
+    def part(self, name: Literal["train", "select", "test"]) -> PartSpec:
+        """The part with everything it leaves to train or to `data.columns` filled in.
+
+        A part without a source reads train's: its source, revision, data_dir and files. Split and pairs are its own.
+        """
+        written: PartSpec | None = getattr(self, name)
+        if written is None:
+            written = PartSpec(source=GOLD, pairs=CARVED_PAIRS) if self.is_gold else _carved()
+        columns = written.columns if written.columns is not None else dict(self.columns)
+        if written.source is not None or written.from_ is not None:
+            return written.model_copy(update={"columns": columns})
+        inherited = {key: getattr(self.train, key) for key in ("source", "revision", "data_dir", "files")}
+        own = {key: getattr(written, key) for key in inherited if getattr(written, key) is not None}
+        return written.model_copy(update={**inherited, **own, "columns": columns})
+
+
+def _carved() -> PartSpec:
+    return PartSpec.model_validate({"from": "train", "pairs": CARVED_PAIRS})
+
+
+class OptimizerSpec(Section):
+    kind: Literal["adamw", "sgd"] = OptimizerConfig.kind
+    betas: Annotated[tuple[float, float], Field(strict=False), PlainSerializer(list)] = OptimizerConfig.betas
+    eps: Annotated[float, Field(gt=0)] = OptimizerConfig.eps
+    weight_decay: Annotated[float, Field(ge=0)] = OptimizerConfig.weight_decay
+    momentum: Annotated[float, Field(ge=0, lt=1)] = OptimizerConfig.momentum
+
+
+class TrainingSpec(Section):
+    """How long and in what steps; the full length of the schedule is exactly one of epochs, pairs, steps."""
+
+    epochs: Annotated[float | None, Field(gt=0)] = None
+    pairs: Count | None = None
+    steps: Count | None = None
+    stop_step: Count | None = None  # stop there though the schedule runs to the full length
+    batch_pairs: Count = TrainingConfig.batch_pairs
+    micro_batch_pairs: Annotated[int | str, PlainValidator(_auto_or_count)] = "auto"  # pairs per forward pass
+    # Unfinished decay makes early rungs unfair: a constant rate compares trials at any step.
+    schedule: Literal["constant", "linear", "cosine"] = TrainingConfig.schedule
+    warmup: Amount = "3%"  # of the full length, as in the published sweeps (arXiv:2502.01237)
+    optimizer: OptimizerSpec = OptimizerSpec()
+    max_grad_norm: Annotated[float, Field(ge=0)] = TrainingConfig.max_grad_norm
+    gradient_checkpointing: bool = TrainingConfig.gradient_checkpointing
+    seed: Seed = 0  # of every trial: adapter initialisation and data order
+
+
+LossSpaces = dict[str, dict[str, SearchDomain]]
+
+
+class SearchSpec(Section):
+    """Which losses, over which values, drawn how."""
+
+    method: Literal["grid", "random", "tpe"] = "random"  # covers any number of axes with the trials one can afford
+    trials_per_loss: Count | None = None
+    losses: Annotated[LossSpaces, Field(min_length=1)]
+    shared: dict[str, SearchDomain] = {}
+    baseline: Annotated[Baseline | None, PlainValidator(_baseline), PlainSerializer(_write_baseline)] = None
+    seed: Seed = 0
+
+
+@dataclass(frozen=True)
+class Preset:
+    """Keep the best 1 in `keep_one_in` at each rung; the first rung is this share of the budget."""
+
+    keep_one_in: int
+    first_rung: Fraction
+
+
+PRESETS = {
+    "conservative": Preset(2, Fraction(1, 4)),
+    "standard": Preset(3, Fraction(1, 9)),
+    "aggressive": Preset(4, Fraction(1, 16)),
+}
+# First rung at 11 %: under Adam the betas do not differ before about a tenth of the budget.
+DEFAULT_PRESET = "standard"
+
+
+class SchedulerSpec(Section):
+    """Which trials stop early: ASHA's rungs, nobody, or given steps (to compare with)."""
+
+    kind: Literal["asha", "none", "fixed"] = "asha"
+    preset: Literal["conservative", "standard", "aggressive"] | None = None
+    first_rung: Annotated[int | str | None, PlainValidator(_first_rung)] = None
+    keep_one_in: Annotated[int | None, Field(ge=2)] = None
+    within: Literal["loss", "sweep"] = "loss"  # losses learn at different speeds: compare like with like
+    stop_steps: Annotated[dict[int, int] | None, PlainValidator(_stop_steps)] = None  # fixed: trial number -> step
+
+
+class EvalSpec(Section):
+    """When a trial is evaluated: step 0, about 1 %, every rung and the last step always are."""
+
+    # Quarters for the course, rungs for the decisions, 1 % for early damage.
+    at: Positions = (0, "1%", RUNGS, "25%", "50%", "75%")
+    train_probe: Annotated[int, Field(ge=0)] = EvaluationConfig.probe_pairs
+
+
+class SamplesSpec(Section):
+    """When completions are drawn from the policy (for drift, length, entropy), and how many."""
+
+    at: Annotated[
+        tuple[int | str, ...], PlainValidator(_sample_positions), PlainSerializer(lambda at: list(at) or "never")
+    ] = (RUNGS,)
+    prompts: Count = EvaluationConfig.sample_prompts
+    max_new_tokens: Count = EvaluationConfig.max_new_tokens
+    seed: Seed = EvaluationConfig.sample_seed
+
+
+class ObjectiveSpec(Section):
+    """What ranks trials. Only the calibrated gain compares losses and betas; drift beyond the limit is flagged."""
+
+    metric: Literal["gain"] = "gain"
+    drift_limit: Literal["flag"] = "flag"
+
+
+class GuardsSpec(Section):
+    """What a verdict does to a running trial."""
+
+    diverged: Literal["stop", "flag"] = GuardConfig.diverged
+    overfit: Literal["stop", "flag"] = GuardConfig.overfit
+    collapsed: Literal["flag"] = "flag"
+
+
+class ResourcesSpec(Section):
+    """What one trial takes. Nothing here changes a trial's numbers beyond rounding."""
+
+    cpus_per_trial: Count = 1
+    # auto = one GPU where the cluster has any, none where it has none.
+    gpus_per_trial: Annotated[float | str, PlainValidator(_auto_or_share)] = "auto"
+    trials_per_gpu: Count = 1
+    max_concurrent: Count | None = None  # absent = as many as fit
+
+    def gpu_share(self, *, gpus_present: bool) -> float:
+        """GPUs (or the fraction of one) that a trial reserves."""
+        whole = float(gpus_present) if isinstance(self.gpus_per_trial, str) else self.gpus_per_trial
+        return whole / self.trials_per_gpu
+
+
+class TrackingSpec(Section):
+    mlflow: Annotated[str, PlainValidator(_tracking_uri)] = "sqlite"  # needs no server
+    experiment: Text | None = None  # absent = prefopt/<name>

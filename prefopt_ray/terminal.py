@@ -1,0 +1,171 @@
+"""What a sweep looks like in a terminal: progress bars, a live table within 80 columns, the answer.
+
+Without a terminal (a log file, CI) the same events become plain lines.
+"""
+
+import sys
+import time
+from collections.abc import Callable
+
+from rich.console import Console
+from rich.live import Live
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.table import Table
+from rich.text import Text
+
+from prefopt_ray.answer import ranking
+from prefopt_ray.ledger import SweepRecord, TrialRecord
+from prefopt_ray.report import end_state_counts, state_word
+from prefopt_ray.spec import SweepSpec
+
+_COLOURS = {"diverged": "red", "overfit": "yellow", "collapsed_rejected": "magenta", "healthy": "green"}
+_SHORT = {"collapsed_rejected": "collapsed", "inconclusive": "-"}
+LOG_LINE_S = 10.0  # without a terminal: at most one progress line in this time
+
+
+class TerminalObserver:
+    """Observer of a sweep (see tuning.run) on a rich console. Use as a context manager."""
+
+    def __init__(self, console: Console) -> None:
+        self._console = console
+        self._bars: Progress | None = None
+        self._live: Live | None = None
+        self._lines = _EndLines(console)
+        self._expected = 0
+
+    def __enter__(self) -> "TerminalObserver":
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self._close_bars()
+        if self._live is not None:
+            self._live.stop()
+
+    def stage(self, name: str) -> Callable[[int, int], None]:
+        if not self._console.is_terminal:
+            return _LoggedStage(self._console, name).advance
+        if self._bars is None:
+            columns = (TextColumn("{task.description:<18}"), BarColumn(24), MofNCompleteColumn(), TimeElapsedColumn())
+            self._bars = Progress(*columns, console=self._console)
+        bars, task = self._bars, None
+
+        def advance(done: int, total: int) -> None:
+            nonlocal task
+            if task is None:  # a stage that has nothing to do shows no bar
+                bars.start()
+                task = bars.add_task(name, total=total)
+            bars.update(task, completed=done, total=total)
+
+        return advance
+
+    def started(self, sweep: SweepRecord, spec: SweepSpec, notes: list[str]) -> None:
+        self._close_bars()
+        self._expected = spec.trial_count
+        pairs = ", ".join(f"{count} {part}" for part, count in sweep.facts["pairs"].items())
+        self._console.print(Text(f"{sweep.name} {sweep.sweep_id}: {self._expected} trials on {pairs} pairs"))
+        for note in notes:
+            self._console.print(Text(f"note: {note}"), style="yellow")
+        self._console.print(Text(f"results: {sweep.folder}"), soft_wrap=True)
+        self._lines.skip_ended(sweep)
+        if self._console.is_terminal:
+            self._live = Live(console=self._console, auto_refresh=False, transient=True)
+            self._live.start()
+
+    def watch(self, sweep: SweepRecord) -> None:
+        if self._live is None:
+            self._lines.print_new(sweep)
+        else:
+            self._live.update(live_table(sweep, expected=self._expected, height=self._console.height), refresh=True)
+
+    def stopping(self) -> None:
+        self._console.print(Text("Ctrl-C: running trials checkpoint and stop; once more ends at once"), style="yellow")
+
+    def _close_bars(self) -> None:
+        if self._bars is not None:
+            self._bars.stop()
+            self._bars = None
+
+
+def live_table(sweep: SweepRecord, *, expected: int, height: int) -> Table:
+    """The running trials, then the best ones, as many as fit; at most 80 columns."""
+    trials = list(sweep.trials.values())
+    running = [t for t in trials if t.end_state is None and not t.paused]
+    ended = [s.trial for s in ranking(sweep) if s.trial not in running]
+    room = max(4, height - 6)
+    shown = [*running, *ended][:room]
+    ended_count = sum(1 for t in trials if t.end_state is not None)
+    title = f"{ended_count} of {expected} trials ended ({end_state_counts(sweep)})"
+    table = trial_table(shown, title=title)
+    hidden = len(trials) - len(shown)
+    if hidden > 0:
+        table.caption = f"and {hidden} more, ranked lower"
+    return table
+
+
+def trial_table(trials: list[TrialRecord], *, title: str = "") -> Table:
+    """One row per trial, 80 columns at most."""
+    table = Table(title=title, title_justify="left", box=None, padding=(0, 1, 0, 0), pad_edge=False)
+    for name, justify, width in (
+        ("#", "right", 4), ("loss", "left", 8), ("beta", "right", 7), ("lr", "right", 7), ("step", "right", 9),
+        ("best", "right", 6), ("at", "right", 5), ("acc", "right", 4), ("verdict", "left", 9), ("state", "left", 12),
+    ):
+        table.add_column(name, justify=justify, max_width=width, no_wrap=True, overflow="crop")
+    for trial in trials:
+        table.add_row(*trial_cells(trial))
+    return table
+
+
+def trial_cells(trial: TrialRecord) -> list[Text]:
+    last = trial.last
+    best = trial.reports.get(trial.best_step)
+    verdict = last.verdict.headline if last else "inconclusive"
+    step, total = last.step if last else 0, trial.config.training.stop_step
+    number = f"{trial.number}{'b' if trial.baseline else ''}"
+    return [
+        Text(number), Text(trial.config.loss), Text(f"{trial.config.loss_params.get('beta', float('nan')):.3g}"),
+        Text(f"{trial.config.learning_rate:.2g}"), Text(f"{step}/{total}"),
+        Text(f"{trial.score:.4f}" if best else "-"), Text(str(trial.best_step) if best else "-"),
+        Text(f"{best.metrics['eval/rewards/accuracy']:.2f}" if best else "-"),
+        Text(_SHORT.get(verdict, verdict), style=_COLOURS.get(verdict, "")), Text(state_word(trial)),
+    ]
+
+
+class _EndLines:
+    """One line per ended trial, for logs."""
+
+    def __init__(self, console: Console) -> None:
+        self._console = console
+        self._told: set[str] = set()
+
+    def skip_ended(self, sweep: SweepRecord) -> None:
+        self._told = {t.trial_id for t in sweep.trials.values() if t.end_state is not None}
+
+    def print_new(self, sweep: SweepRecord) -> None:
+        for trial in list(sweep.trials.values()):
+            if trial.end_state is not None and trial.trial_id not in self._told:
+                self._told.add(trial.trial_id)
+                best = f"best gain {trial.score:.4f} at step {trial.best_step}" if trial.score >= 0 else "no valid score"
+                line = f"{time.strftime('%H:%M:%S')} trial {trial.trial_id} {trial.config.label}: {trial.end_state}, {best}"
+                self._console.print(Text(f"{line}; {trial.reason}"), soft_wrap=True)
+
+
+class _LoggedStage:
+    def __init__(self, console: Console, name: str) -> None:
+        self._console, self._name = console, name
+        self._next = 0.0
+        self._finished = False
+
+    def advance(self, done: int, total: int) -> None:
+        now = time.monotonic()
+        if self._finished or (now < self._next and done < total):
+            return
+        self._next, self._finished = now + LOG_LINE_S, done >= total
+        self._console.print(Text(f"{self._name}: {done}/{total}"))
+
+
+def make_console(*, stderr: bool = False) -> Console:
+    """A console that never interprets markup in data."""
+    stream = sys.stderr if stderr else sys.stdout
+    return Console(file=stream, markup=False, highlight=False, soft_wrap=not stream.isatty())
+
+

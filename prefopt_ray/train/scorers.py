@@ -1,0 +1,26 @@
+"""What scores the policy's own samples: (prompts, completions) -> scores. The gold reward is the first."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+import numpy as np
+
+
+@dataclass(frozen=True)
+class Completion:
+    """One sampled completion, its end-of-turn token removed."""
+
+    text: str
+    tokens: int  # sampled tokens, without the end-of-turn token
+    finished: bool  # it ended by itself before the token limit
+
+
+class Scorer(Protocol):
+    """A reward for (prompt, completion); higher is better."""
+
+    name: str  # prefix of its metrics: `gold` -> gold/reward, gold/win_rate
+
+    def score(self, prompts: Sequence[str], completions: Sequence[Completion]) -> np.ndarray:
+        """(N,) float64, finite."""
+        ...

@@ -1,0 +1,295 @@
+"""TrialState: one trial's life, stepped from outside.
+
+Holds data position, schedule, counters, loss state, histories and best-so-far; weights and optimizer
+are the engine's. Everything that must survive is in `state()` and the per-pair log. Data order and
+sampling depend on (seed, epoch) and fixed seeds alone, so there is no random stream to carry.
+"""
+
+import base64
+import time
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from prefopt_ray.engine.base import ReferencedPairs, StepOutcome
+from prefopt_ray.losses.cards import find_card
+from prefopt_ray.losses.formulas import loss_function
+from prefopt_ray.losses.stats import PairStats
+from prefopt_ray.measures.metrics import collapsed_rejected, margins, pair_metrics, saturation
+from prefopt_ray.measures.verdicts import EvaluationRecord, StepRecord, TrialHistory, judge
+from prefopt_ray.train.checkpoints import Checkpoint, Checkpoints
+from prefopt_ray.train.evaluate import PolicyView, evaluate, finite_metrics
+from prefopt_ray.train.evaluations import EvaluationLog
+from prefopt_ray.train.schedule import batch_indices, rate_factor
+from prefopt_ray.train.worker import Worker
+from prefopt_ray.trial import EndState, Report, StepPoint, TrialConfig, Verdict, pack_points
+
+UPDATE_RATIO_EVERY = 10  # steps; it costs a copy of the trainable weights
+WORST = -1.0  # the objective of an invalid evaluation: finite, below every gain
+_UNJUDGED = Verdict("inconclusive", evidence="not evaluated after a training step yet")
+
+
+class TrialState:
+    """SteppedTrial (see engine.base) with evaluation, verdicts, best-so-far and checkpoints."""
+
+    def __init__(self, config: TrialConfig, worker: Worker, *, slot: int = 0, folder: Path | None = None) -> None:
+        self.config, self.slot = config, slot
+        self.card = find_card(config.loss)
+        self.end_state: EndState | None = None
+        self.reason = ""
+        self._worker = worker
+        self._train = worker.parts["train"]
+        self._formula, self._loss_state = loss_function(self.card.name), None
+        self._folder = folder
+        self._checkpoints = Checkpoints(folder / "checkpoints") if folder else None
+        self._step = 0
+        self._best, self._best_step, self._best_verdict = WORST, -1, _UNJUDGED
+        self._reported_step = -1
+        self._last_report: Report | None = None
+        self._loss_at_start = self._analytic_start()
+        self._points: list[StepPoint] = []
+        self._history = TrialHistory(self.card.name, config.training.warmup_steps, [], [])
+        self._kl_per_token: dict[int, float | None] = {}  # by evaluation step, where samples were drawn
+        self._log = EvaluationLog.of_parts(worker.evaluated_parts)
+        self._seconds, self._clock = 0.0, time.monotonic()
+        self._step_started = self._clock
+
+    @classmethod
+    def open(cls, config: TrialConfig, worker: Worker, *, slot: int = 0, folder: Path | None = None) -> "TrialState":
+        """A trial in a fresh slot; continued from its newest sound checkpoint when `folder` holds one."""
+        trial = cls(config, worker, slot=slot, folder=folder)
+        worker.engine.open(slot, config)
+        if folder:
+            folder.mkdir(parents=True, exist_ok=True)
+            saved = trial._checkpoints.latest()
+            if saved is not None:
+                trial._restore(saved)
+        return trial
+
+    # -- what the outside asks ---------------------------------------------------------------------
+
+    @property
+    def step(self) -> int:
+        """Optimizer steps done."""
+        return self._step
+
+    @property
+    def running(self) -> bool:
+        return self.end_state is None
+
+    @property
+    def evaluation_due(self) -> bool:
+        """True when this step is in the evaluation plan and has not been reported."""
+        return self._reported_step < self._step and self._step in self.config.evaluation.steps
+
+    @property
+    def last_report(self) -> Report | None:
+        return self._last_report
+
+    # -- what the engine asks (SteppedTrial) -------------------------------------------------------
+
+    @property
+    def learning_rate(self) -> float:
+        return self.config.learning_rate * rate_factor(self.config.training, self._step)
+
+    @property
+    def measures_update(self) -> bool:
+        return self._step % UPDATE_RATIO_EVERY == 0
+
+    def next_batch(self) -> ReferencedPairs:
+        self._step_started = time.monotonic()
+        training = self.config.training
+        indices = batch_indices(
+            self._step, pairs=len(self._train), batch=training.batch_pairs, seed=self.config.seed
+        )
+        return self._train.take(indices)
+
+    def loss(self, stats: PairStats) -> Tensor:
+        return self._formula(stats, self.config.loss_params, self._loss_state)[0]
+
+    def finish_step(self, outcome: StepOutcome) -> None:
+        _, self._loss_state = self._formula(outcome.stats, self.config.loss_params, self._loss_state)
+        metrics = self._step_metrics(outcome)
+        loss, grad_norm = float(outcome.losses.double().mean()), outcome.grad_norm
+        self._step += 1
+        finite, dropped = finite_metrics(metrics)
+        self._points.append(StepPoint(self._step, {f"train/{k}": v for k, v in finite.items()}))
+        self._history.steps.append(StepRecord(
+            step=self._step, loss=loss, loss_norm=loss / self._start, grad_norm=grad_norm, finite=outcome.applied,
+        ))
+        if not outcome.applied:
+            self._end(EndState.DIVERGED, f"non-finite loss or gradient at step {self._step} ({dropped} values)")
+
+    # -- reporting ---------------------------------------------------------------------------------
+
+    def report(self) -> Report:
+        """Evaluate if an evaluation is due, judge, update best-so-far, checkpoint; the trial's next Report."""
+        metrics: dict[str, float] = {}
+        objective = WORST
+        if self.evaluation_due and self.running:
+            metrics, objective = self._evaluate()
+        verdict = self._judge()
+        self._reported_step = self._step
+        if objective > self._best and self._step > 0:
+            self._best, self._best_step, self._best_verdict = objective, self._step, verdict
+        self._apply_guards(verdict)
+        if self.running and self._step >= self.config.training.stop_step:
+            self._end(EndState.COMPLETED, f"all {self._step} steps")
+        self._tick()
+        self._last_report = Report(
+            step=self._step, pairs_seen=self._step * self.config.training.batch_pairs,
+            metrics=metrics, objective=objective, best_so_far=self._best, best_step=self._best_step,
+            verdict=verdict, verdict_at_best=self._best_verdict, points=pack_points(self._points),
+            end_state=self.end_state, reason=self.reason, seconds=self._seconds,
+        )
+        self._points = []
+        self.save()
+        return self._last_report
+
+    def end(self, end_state: EndState, reason: str) -> Report:
+        """End from outside (out of memory, for example) without touching the engine."""
+        self._end(end_state, reason)
+        return self.report()
+
+    def save(self) -> None:
+        """Checkpoint now, and write the per-pair log; nothing without a folder or after divergence.
+
+        A diverged trial's weights are worth nothing and its last sound checkpoint is kept instead.
+        """
+        if self._folder is None or self.end_state in (EndState.DIVERGED, EndState.OUT_OF_MEMORY):
+            return
+        self._tick()
+        self._log.save(self._folder / "evaluations.safetensors")
+        checkpoint = Checkpoint(self._step, self._worker.engine.state(self.slot), self.state())
+        self._checkpoints.save(checkpoint, best_step=self._best_step)
+
+    def state(self) -> dict[str, Any]:
+        """Everything that must survive beside weights, optimizer and the per-pair log. JSON-ready."""
+        report = None
+        if self._last_report is not None:
+            points = base64.b64encode(self._last_report.points).decode()
+            report = {**self._last_report.to_dict(), "points": points}
+        return {
+            "step": self._step,
+            "reported_step": self._reported_step,
+            "loss_at_start": self._loss_at_start,
+            "loss_state": self._loss_state,
+            "best": [self._best, self._best_step, asdict(self._best_verdict)],
+            "end": [self.end_state, self.reason],
+            "points": [[p.step, dict(p.metrics)] for p in self._points],
+            "steps": [list(asdict(record).values()) for record in self._history.steps],
+            "kl_per_token": list(self._kl_per_token.items()),
+            "last_report": report,
+            "seconds": self._seconds,
+            "config": self.config.digest(),
+            "plan": self._worker.engine.plan.to_dict(),
+        }
+
+    def load(self, state: dict[str, Any]) -> None:
+        """Continue from `state()`; evaluations must already be in the per-pair log."""
+        self._step, self._reported_step = state["step"], state["reported_step"]
+        self._loss_at_start, self._loss_state = state["loss_at_start"], state["loss_state"]
+        self._best, self._best_step, verdict = state["best"]
+        self._best_verdict = Verdict(**{**verdict, "flags": tuple(verdict["flags"])})
+        end, self.reason = state["end"]
+        self.end_state = EndState(end) if end else None
+        self._points = [StepPoint(step, metrics) for step, metrics in state["points"]]
+        self._history.steps[:] = [StepRecord(*values) for values in state["steps"]]
+        if state["last_report"] is not None:
+            points = base64.b64decode(state["last_report"]["points"])
+            self._last_report = Report.from_dict({**state["last_report"], "points": points})
+        self._kl_per_token = {step: kl for step, kl in state["kl_per_token"]}
+        self._history.evaluations[:] = [self._record(step) for step in self._log.steps("select")]
+        self._seconds, self._clock = state["seconds"], time.monotonic()
+
+    # -- inside ------------------------------------------------------------------------------------
+
+    def _restore(self, saved: Checkpoint) -> None:
+        self._worker.engine.load(self.slot, saved.tensors)
+        self._log = EvaluationLog.load(self._folder / "evaluations.safetensors")
+        self._log.forget_after(saved.state["reported_step"])
+        self.load(saved.state)
+
+    def _analytic_start(self) -> float | None:
+        if self.card.loss_at_start is None or not self._worker.reference_is_start:
+            return None  # measured at step 0
+        return self.card.loss_at_start(self.config.loss_params)
+
+    @property
+    def _start(self) -> float:
+        if self._loss_at_start is None:
+            raise RuntimeError("the loss at the start is measured by the evaluation at step 0, which was not made")
+        return max(self._loss_at_start, 1e-12)
+
+    def _step_metrics(self, outcome: StepOutcome) -> dict[str, float]:
+        params = self.config.loss_params
+        loss = float(outcome.losses.double().mean())
+        metrics = pair_metrics(outcome.stats, self.card, params) | {
+            "loss": loss,
+            "loss_norm": loss / self._start,
+            "grad_norm": outcome.grad_norm,
+            "clip_frac": float(outcome.clipped),
+            "lr": self.learning_rate,
+            "grad_weight": saturation(outcome.stats, self.card, params),
+            "pairs_per_s": len(outcome.stats) / max(1e-9, time.monotonic() - self._step_started),
+        }
+        if outcome.update_ratio is not None:
+            metrics["update_ratio"] = outcome.update_ratio
+        return metrics
+
+    def _evaluate(self) -> tuple[dict[str, float], float]:
+        view = PolicyView(self._worker.engine, self.slot, self._step, self.config, self.card, self._log)
+        measured = evaluate(self._worker.evaluators, view)
+        if self._loss_at_start is None:
+            self._loss_at_start = self._measured_start()
+        metrics, dropped = finite_metrics(measured)
+        self._kl_per_token[self._step] = metrics.get("samples/kl_per_token")
+        self._history.evaluations.append(self._record(self._step))
+        if dropped:
+            self._end(EndState.DIVERGED, f"{dropped} measures are not finite at the evaluation of step {self._step}")
+        valid = "eval/gain" in metrics and not dropped
+        return metrics, metrics["eval/gain"] if valid else WORST
+
+    def _measured_start(self) -> float:
+        return self._mean_loss(self._log.stats("probe", 0))
+
+    def _mean_loss(self, stats: PairStats) -> float:
+        losses, _ = self._formula(stats, self.config.loss_params, self._loss_state)
+        return float(losses.double().mean())
+
+    def _record(self, step: int) -> EvaluationRecord:
+        select, probe = self._log.stats("select", step), self._log.stats("probe", step)
+        return EvaluationRecord(
+            step=step,
+            select_margins=margins(select, self.card),
+            groups=self._log.groups("select"),
+            probe_margins=margins(probe, self.card),
+            probe_collapsed_frac=float(collapsed_rejected(probe).mean()),
+            probe_loss_norm=self._mean_loss(probe) / self._start,
+            kl_per_token=self._kl_per_token.get(step),
+        )
+
+    def _judge(self) -> Verdict:
+        if self._step == 0:
+            return _UNJUDGED
+        limit = self.config.guards.drift_limit_per_token
+        return judge(self._history, replace(self._worker.thresholds, drift_limit_per_token=limit))
+
+    def _apply_guards(self, verdict: Verdict) -> None:
+        guards = self.config.guards
+        if not self.running:
+            return
+        if verdict.headline == "diverged" and guards.diverged == "stop":
+            self._end(EndState.DIVERGED, verdict.evidence)
+        elif "overfit" in verdict.flags and guards.overfit == "stop":
+            self._end(EndState.STOPPED_OVERFIT, verdict.evidence)
+
+    def _end(self, end_state: EndState, reason: str) -> None:
+        if self.end_state is None:
+            self.end_state, self.reason = end_state, reason
+
+    def _tick(self) -> None:
+        now = time.monotonic()
+        self._seconds, self._clock = self._seconds + now - self._clock, now

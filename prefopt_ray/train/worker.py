@@ -1,0 +1,52 @@
+"""What stays warm between trials: engine, pairs with their reference, evaluators and thresholds."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from prefopt_ray.engine.base import Engine, ReferencedPairs
+from prefopt_ray.measures.verdicts import Thresholds
+from prefopt_ray.pairs.tokens import Ragged
+from prefopt_ray.train.evaluate import Evaluator, PairEvaluator, SampleEvaluator
+from prefopt_ray.train.scorers import Scorer
+
+
+@dataclass(frozen=True)
+class Worker:
+    """Everything trials share. A new trial costs its adapter and optimizer, nothing else."""
+
+    engine: Engine
+    parts: dict[str, ReferencedPairs]  # train, select, test
+    evaluators: Sequence[Evaluator]
+    evaluated_parts: dict[str, ReferencedPairs]  # select, probe
+    reference_is_start: bool = True
+    thresholds: Thresholds = field(default_factory=Thresholds)
+
+
+def make_worker(
+    engine: Engine,
+    parts: dict[str, ReferencedPairs],
+    *,
+    decode: Callable[[Sequence[int]], str],
+    probe_pairs: int,
+    sample_prompts: int,
+    scorers: Sequence[Scorer] = (),
+    reference_is_start: bool = True,
+) -> Worker:
+    """The usual evaluators: select part, a fixed probe of train pairs, samples at the select part's prompts."""
+    probe = parts["train"].take(_probe_indices(len(parts["train"]), probe_pairs))
+    pairs = PairEvaluator(parts["select"], probe)
+    samples = SampleEvaluator(_distinct_prompts(parts["select"], sample_prompts), decode, scorers)
+    return Worker(engine, parts, (pairs, samples), pairs.parts, reference_is_start)
+
+
+def _probe_indices(pairs: int, wanted: int) -> np.ndarray:
+    """The same train pairs for every trial of a sweep, whatever its seed."""
+    return np.sort(np.random.default_rng(0).permutation(pairs)[:wanted])
+
+
+def _distinct_prompts(part: ReferencedPairs, wanted: int) -> Ragged:
+    """The first prompt of each group, in pair order."""
+    _, first = np.unique(part.tokens.groups, return_index=True)
+    return part.tokens.prompt.take(np.sort(first)[:wanted])

@@ -1,0 +1,1 @@
+"""Sweeps on Ray Tune: search, rungs, the trainable, run and resume."""

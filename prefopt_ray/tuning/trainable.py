@@ -1,0 +1,87 @@
+"""The trial as a Ray Tune trainable: a thin handle around `train`, on a worker that stays warm.
+
+The worker (base model, pairs, reference) is opened once per process; a new trial rebuilds adapter,
+optimizer and seeds only. A trial lives in its own folder and continues from there, whoever starts it.
+Exceptions of a trial become its reason, not the sweep's end.
+"""
+
+import logging
+import time
+import traceback
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+from ray import tune
+
+from prefopt_ray.ledger import stop_requested
+from prefopt_ray.train import Worker, train
+from prefopt_ray.trial import Report, TrialConfig
+
+STOP_POLL_S = 0.2  # the command folder may be on a network filesystem
+
+log = logging.getLogger(__name__)
+
+
+class PreferenceTrainable(tune.Trainable):
+    """One trial. `config` holds `trial_id`, `trial` (TrialConfig.to_dict()) and `folder`, or None for no files.
+
+    A result is {"report": Report | None, "paused": bool, "failure": str, "done": bool}. Give `open_worker`
+    (anything that makes a Worker) through `ray.tune.with_parameters`, or in the config when it is used
+    without Tune.
+    """
+
+    def setup(self, config: dict[str, Any], open_worker: Callable[[], Worker] | None = None) -> None:
+        self._worker = (open_worker or config["open_worker"])()
+        self._start(config)
+
+    def reset_config(self, new_config: dict[str, Any]) -> bool:
+        self._start(new_config)
+        return True
+
+    def step(self) -> dict[str, Any]:
+        try:
+            report = next(self._reports)
+        except StopIteration:
+            return _result(paused=True)
+        except Exception:
+            # Whatever a trial dies of is its row's reason; only the death of the process is Ray's to handle.
+            return _result(failure=self._record_failure())
+        return _result(report)
+
+    def save_checkpoint(self, checkpoint_dir: str) -> None:
+        """Nothing: trials keep their own checkpoints, in their own folder."""
+
+    def load_checkpoint(self, checkpoint: dict[str, Any] | None) -> None:
+        """Nothing, see `save_checkpoint`."""
+
+    def cleanup(self) -> None:
+        self._reports.close()
+
+    def _start(self, config: dict[str, Any]) -> None:
+        folder = config.get("folder")
+        self._folder = Path(folder) if folder else None
+        self._next_poll, self._stop = 0.0, False
+        self._reports: Iterator[Report] = train(
+            TrialConfig.from_dict(config["trial"]), self._worker, folder=self._folder, interrupted=self._interrupted
+        )
+
+    def _interrupted(self) -> bool:
+        now = time.monotonic()
+        if self._folder is not None and now >= self._next_poll:
+            self._next_poll = now + STOP_POLL_S
+            self._stop = stop_requested(self._folder.parent.parent)
+        return self._stop
+
+    def _record_failure(self) -> str:
+        text = traceback.format_exc()
+        log.error("trial failed: %s", text)
+        if self._folder is not None:
+            self._folder.mkdir(parents=True, exist_ok=True)
+            (self._folder / "error.txt").write_text(text)
+        return text.strip().splitlines()[-1]
+
+
+def _result(report: Report | None = None, *, paused: bool = False, failure: str = "") -> dict[str, Any]:
+    ended = report is not None and report.end_state is not None
+    return {"report": report, "paused": paused, "failure": failure, "done": bool(ended or paused or failure)}
