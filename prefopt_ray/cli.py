@@ -9,6 +9,7 @@ import json
 import logging
 import os
 import sys
+import threading
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -174,9 +175,15 @@ def ui(options: argparse.Namespace) -> int:
     folder = _sweep_folder(options)
     sweep, spec = read_sweep(folder), load_spec(folder / "spec.yaml")
     uri = tracking_uri(spec.tracking.mlflow, spec.storage)
-    with serve_ui(uri, experiment=spec.experiment, sweep_id=sweep.sweep_id, port=options.port) as served:
-        print(f"{sweep.name}: {served.link}", flush=True)
-        served.wait()
+    with serve_ui(uri, None, experiment=spec.experiment, sweep_id=sweep.sweep_id, port=options.port) as link:
+        print(link, flush=True)
+        if uri.startswith(("http://", "https://")):
+            return 0
+        print("serving on this machine only; Ctrl-C ends it", file=sys.stderr)
+        try:
+            threading.Event().wait()
+        except KeyboardInterrupt:
+            return 0
     return 0
 
 

@@ -218,7 +218,7 @@ def _warnings(config: PairsConfig, parts: Mapping[str, FilledPart], pools: Mappi
     warnings = [text for name in PART_NAMES for text in _part_warnings(name, config.parts[name].pairs, parts[name])]
     malformed = sum(1 for drop in _all_drops(pools, parts) if drop.detail)
     if malformed:
-        warnings.append(f"{malformed} malformed rows were dropped")
+        warnings.append(f"malformed rows dropped: {malformed}")
     merges = sum(pair.merges_at_border for pair in encoded)
     if merges:
         warnings.append(

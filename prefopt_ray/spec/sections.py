@@ -172,8 +172,8 @@ def _baseline(value: Any) -> Baseline:
         raise broken("every sweep has a baseline: a loss and its values", fix)
     numbers = {name: number for name, number in value.items() if name != "loss"}
     for name, number in numbers.items():
-        if isinstance(number, bool) or not isinstance(number, (int, float)):
-            raise broken(f"{name} of a baseline is one number", fix)
+        if isinstance(number, bool) or not isinstance(number, (int, float)) or not math.isfinite(number):
+            raise broken(f"{name} of a baseline is one finite number", fix)
     return Baseline(value["loss"], {name: float(number) for name, number in numbers.items()})
 
 
@@ -223,7 +223,7 @@ class ModelSpec(Section):
     reference: Annotated[str | OtherModel, PlainValidator(_reference), PlainSerializer(_write_reference)] = "start"
     start_adapter: Text | None = None  # merged in float32 before the sweep
     adapter: AdapterSpec = AdapterSpec()
-    dtype: Literal["bfloat16", "float32"] = "bfloat16"  # what published checkpoints are stored in
+    dtype: Literal["bfloat16", "float32"] = "bfloat16"  # as most published checkpoints are stored
 
 
 class PartSpec(Section):
@@ -260,7 +260,7 @@ class DataSpec(Section):
     test: PartSpec | None = None
     # Absent = template, since the policies people tune are chat models; plain for gold, which has no turns.
     text: Annotated[str | None, PlainValidator(_text_mode)] = None
-    max_tokens: Annotated[int, Field(ge=8)] = 2048  # the longest pair of common chat preference sets, uncut
+    max_tokens: Annotated[int, Field(ge=8)] = 2048  # as SimPO's UltraFeedback recipes (arXiv:2405.14734)
     columns: Columns = {}
 
     @property
@@ -292,6 +292,8 @@ def _carved() -> PartSpec:
 
 
 class OptimizerSpec(Section):
+    """AdamW, or SGD (betas and eps belong to the one, momentum to the other)."""
+
     kind: Literal["adamw", "sgd"] = OptimizerConfig.kind
     betas: Annotated[tuple[float, float], Field(strict=False), PlainSerializer(list)] = OptimizerConfig.betas
     eps: Annotated[float, Field(gt=0)] = OptimizerConfig.eps
@@ -409,5 +411,7 @@ class ResourcesSpec(Section):
 
 
 class TrackingSpec(Section):
+    """Where MLflow keeps the runs, and under which experiment."""
+
     mlflow: Annotated[str, PlainValidator(_tracking_uri)] = "sqlite"  # needs no server
     experiment: Text | None = None  # absent = prefopt/<name>

@@ -114,7 +114,7 @@ class Delivery:
         """Whether the tracking store answers a read and our experiment is in use."""
         try:
             return self._client.get_experiment(self._experiment_id).lifecycle_stage == "active"
-        except Exception as error:  # any failure at all is the answer to this question
+        except Exception as error:  # noqa: BLE001  (any failure at all is the answer to this question)
             log.debug("MLflow is not ready: %s", error)
             return False
 

@@ -172,7 +172,8 @@ class Shipper:
             except Refused as refusal:
                 self._refuse(line, operation=refusal.operation, why=refusal.why)
                 return
-            except Exception as error:  # MLflow lets requests', SQLAlchemy's and the object stores' errors through
+            # MLflow lets the errors of requests, SQLAlchemy and the object stores through, so: any other error.
+            except Exception as error:  # noqa: BLE001
                 if attempt >= ATTEMPTS_BEFORE_BLAME and self._server_answers():
                     self._refuse(line, operation=entry.operation, why=f"{type(error).__name__}: {error}")
                     return

@@ -94,8 +94,7 @@ class SetExperimentTag:
 Operation = OpenRun | LogBatch | LogDatasets | SetStatus | LogText | LogFolder | SetExperimentTag
 
 _KINDS: dict[str, type] = {
-    kind.__name__: kind
-    for kind in (OpenRun, LogBatch, LogDatasets, SetStatus, LogText, LogFolder, SetExperimentTag)
+    kind.__name__: kind for kind in (OpenRun, LogBatch, LogDatasets, SetStatus, LogText, LogFolder, SetExperimentTag)
 }
 
 

@@ -65,7 +65,7 @@ class SweepSummary:
 
     best_trial: str | None
     answer_text: str
-    leaderboard: Sequence[Mapping[str, str | float | int | None]]
+    leaderboard: Sequence[Mapping[str, str | float | None]]
 
 
 class SweepTracker:
@@ -235,7 +235,7 @@ class SweepTracker:
         if self._datasets and key not in self._said.datasets:
             self._say(LogDatasets(key, self._datasets))
 
-    def _say_leaderboard(self, rows: Sequence[Mapping[str, str | float | int | None]]) -> None:
+    def _say_leaderboard(self, rows: Sequence[Mapping[str, str | float | None]]) -> None:
         """MLflow's table artifact, written by us: its own `log_table` appends to the table of the run before."""
         self._say(LogText(SWEEP, LEADERBOARD, leaderboard_json(rows)))
         self._say_new(SWEEP, tags={"mlflow.loggedArtifacts": json.dumps([{"path": LEADERBOARD, "type": "table"}])})
@@ -282,7 +282,7 @@ def hyperparameter_metrics(config: TrialConfig) -> dict[str, float]:
     return numbers | {name: _rounded(math.log10(value)) for name, value in logs.items() if value > 0}
 
 
-def leaderboard_json(rows: Sequence[Mapping[str, str | float | int | None]]) -> str:
+def leaderboard_json(rows: Sequence[Mapping[str, str | float | None]]) -> str:
     """What MLflow shows as a table: pandas' `split` form. NaN and Inf become empty cells."""
     columns = list(dict.fromkeys(column for row in rows for column in row))
     data = [[_cell(row.get(column)) for column in columns] for row in rows]
@@ -377,7 +377,7 @@ def _rounded(value: float) -> float:
     return round(value, 4) if abs(value) >= 1 else float(f"{value:.4g}")
 
 
-def _cell(value: str | float | int | None) -> str | float | int | None:
+def _cell(value: str | float | None) -> str | float | None:
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
@@ -395,7 +395,9 @@ def _note(report: Report | None, end_state: EndState, reason: str) -> str:
     if report is None:
         return f"{state} before its first evaluation\n\n{reason}"
     onset = f" from step {report.verdict.onset_step}" if report.verdict.onset_step is not None else ""
-    best = f"best gain {report.best_so_far:.4g} at step {report.best_step}" if report.best_step >= 0 else "no valid gain"
+    best = "no valid gain"
+    if report.best_step >= 0:
+        best = f"best gain {report.best_so_far:.4g} at step {report.best_step}"
     first = f"{report.verdict.headline}{onset}; {state} at step {report.step}; {best}"
     return "\n\n".join(line for line in (first, reason, report.verdict.evidence) if line)
 

@@ -92,9 +92,7 @@ def _environment() -> dict[str, str]:
     }
 
 
-def _wait_until_healthy(
-    base_url: str, process: subprocess.Popen[bytes], *, log_path: Path, timeout_s: float
-) -> None:
+def _wait_until_healthy(base_url: str, process: subprocess.Popen[bytes], *, log_path: Path, timeout_s: float) -> None:
     deadline = time.monotonic() + timeout_s
     while time.monotonic() < deadline:
         if process.poll() is not None:

@@ -38,7 +38,8 @@ TEMPLATES = {
     # the generation prompt opens a thought that given answers do not have, and earlier thoughts are removed
     "thinking": "{% for m in messages %}{{ '<|im_start|>' + m['role'] + '\n' +"
                 " (m['content'].split('</think>')[-1] if m['role'] == 'assistant' else m['content'])"
-                " + '<|im_end|>\n' }}{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n<think>\n' }}{% endif %}",
+                " + '<|im_end|>\n' }}{% endfor %}"
+                "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n<think>\n' }}{% endif %}",
     # a last answer gets an empty thought that the generation prompt does not have (Qwen3)
     "empty_thought": "{% for m in messages %}{{ '<|im_start|>' + m['role'] + '\n' +"
                      " ('<think>\n\n</think>\n\n' if m['role'] == 'assistant' and loop.last else '') + m['content']"

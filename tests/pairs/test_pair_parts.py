@@ -132,7 +132,7 @@ def test_a_stray_malformed_row_in_a_large_file_is_dropped_counted_and_named(make
     (drop,) = loaded.drops
     assert (drop.row, drop.reason) == (17, DropReason.MALFORMED)
     assert "rows row 17 chosen: got null" in drop.detail
-    assert "1 malformed rows were dropped" in loaded.warnings
+    assert "malformed rows dropped: 1" in loaded.warnings
     values[18] = values[19] = values[17]
     with pytest.raises(DataError, match="row 18 chosen: got null"):
         load_sweep_data(carved(tuple(values), select=10, test=10), make_tokenizer(), cache=None)

@@ -19,7 +19,7 @@ EXPECTED = {
     "bad_name": [(1, "name", "letters, digits")],
     "bad_percent": [(5, "training.warmup", "'300%'; must be a share"), (10, "eval.at", "the word rungs")],
     "bad_rung": [(10, "scheduler.first_rung", "above 0%"), (10, "scheduler.keep_one_in", "must be >= 2")],
-    "baseline_with_range": [(10, "search.baseline", "beta of a baseline is one number")],
+    "baseline_with_range": [(10, "search.baseline", "beta of a baseline is one finite number")],
     "baseline_without_loss": [(10, "search.baseline", "every sweep has a baseline")],
     "beta_out_of_bounds": [(9, "search.losses.sigmoid.beta", "beta must be > 0 (0.003 to 0.5 is usual")],
     "colon_in_value": [(1, "", "needs quotes")],

@@ -102,6 +102,11 @@ def test_a_null_baseline_is_an_omitted_one():
     assert search(baseline=None).baseline_values() == search().baseline_values()
 
 
+def test_an_infinite_rate_of_a_baseline_is_refused():
+    with pytest.raises(SpecError, match=r"learning_rate of a baseline is one finite number"):
+        search(baseline={"loss": "sigmoid", "learning_rate": math.inf})
+
+
 # ---- steps ----
 
 

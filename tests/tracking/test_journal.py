@@ -197,8 +197,8 @@ def test_closing_does_not_wait_for_a_hanging_request(tmp_path: Path) -> None:
 
 
 def test_the_driver_imports_tracking_without_mlflow() -> None:
-    modules = "prefopt_ray.tracking." + ", prefopt_ray.tracking.".join(("runs", "server", "views"))
-    code = f"import sys, {modules}; print([m for m in ('mlflow', 'pandas', 'torch', 'ray') if m in sys.modules])"
+    code = "import sys; from prefopt_ray.tracking import runs, server, views; "
+    code += "print([m for m in ('mlflow', 'pandas', 'torch', 'ray') if m in sys.modules])"
     root = Path(__file__).parents[2]
     done = subprocess.run([sys.executable, "-c", code], cwd=root, capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"

@@ -332,14 +332,18 @@ def test_an_old_mlruns_folder_in_the_current_directory_is_left_alone(
     assert tracker.close(60) == 0
     parent = runs(uri, "a/b")["sweep"]
     assert (storage / "artifacts" / "a_b" / parent.info.run_id / "artifacts" / "spec.yaml").exists()
-    assert sorted(str(path.relative_to(here)) for path in here.rglob("*")) == ["mlruns", "mlruns/0", "mlruns/0/meta.yaml"]
+    assert sorted(str(path.relative_to(here)) for path in here.rglob("*")) == [
+        "mlruns",
+        "mlruns/0",
+        "mlruns/0/meta.yaml",
+    ]
 
 
 def test_a_deleted_experiment_keeps_everything_in_the_journal_until_it_is_restored(
-    open_tracker: OpenTracker, uri: str
+    open_tracker: OpenTracker, uri: str, tmp_path: Path
 ) -> None:
     client = MlflowClient(uri)
-    experiment_id = client.create_experiment("exp")
+    experiment_id = client.create_experiment("exp", artifact_location=(tmp_path / "artifacts").as_uri())
     client.delete_experiment(experiment_id)
     tracker = open_tracker()
     tracker.start("", {}, [])

@@ -7,12 +7,11 @@ import time
 import urllib.error
 import urllib.request
 from collections.abc import Callable
-from pathlib import Path
 
 import browser
 import pytest
-from conftest import MlflowServer
 from mlflow import MlflowClient
+from mlflow_server import MlflowServer
 from tracking_cases import report, runs, steps, trial_config
 
 from prefopt_ray.errors import PrefoptError, ResourceError, SweepError
@@ -68,10 +67,12 @@ def test_an_unknown_experiment_is_named(mlflow_server: MlflowServer) -> None:
         pass
 
 
-def test_a_remote_server_that_is_down_is_said_to_be(tmp_path: Path) -> None:
-    with pytest.raises(PrefoptError, match="127.0.0.1:9 does not answer"):
-        with serve_ui("http://127.0.0.1:9", None, experiment="e", sweep_id="s"):
-            pass
+def test_a_remote_server_that_is_down_is_said_to_be() -> None:
+    with (
+        pytest.raises(PrefoptError, match="127.0.0.1:9 does not answer"),
+        serve_ui("http://127.0.0.1:9", None, experiment="e", sweep_id="s"),
+    ):
+        pass
 
 
 def test_a_taken_port_is_refused_before_anything_is_started() -> None:
@@ -79,16 +80,19 @@ def test_a_taken_port_is_refused_before_anything_is_started() -> None:
         other.bind(("127.0.0.1", 0))
         other.listen()
         port = other.getsockname()[1]
-        with pytest.raises(ResourceError, match=str(port)), serve_ui(
-            "sqlite:////nowhere.db", None, experiment="e", sweep_id="s", port=port
+        with (
+            pytest.raises(ResourceError, match=str(port)),
+            serve_ui("sqlite:////nowhere.db", None, experiment="e", sweep_id="s", port=port),
         ):
             pass
 
 
 def test_a_server_that_does_not_come_up_in_time_is_given_up(uri: str) -> None:
-    with pytest.raises(PrefoptError, match="did not answer within 0.1 s"):
-        with serve_ui(uri, None, experiment="e", sweep_id="s", start_timeout_s=0.1):
-            pass
+    with (
+        pytest.raises(PrefoptError, match="did not answer within 0.1 s"),
+        serve_ui(uri, None, experiment="e", sweep_id="s", start_timeout_s=0.1),
+    ):
+        pass
 
 
 def test_the_local_server_answers_only_its_own_names_and_ends_with_the_block(
