@@ -150,7 +150,6 @@ def show(options: argparse.Namespace) -> int:
 
 def list_sweeps(options: argparse.Namespace) -> int:
     from prefopt_ray.ledger import LEDGER_FILE, read_sweep
-    from prefopt_ray.report import end_state_counts
 
     storage = Path(options.storage or DEFAULT_STORAGE)
     folders = sorted(p.parent for p in storage.glob(f"*/{LEDGER_FILE}")) if storage.is_dir() else []
@@ -160,7 +159,7 @@ def list_sweeps(options: argparse.Namespace) -> int:
                            "trials": len(s.trials)} for s in sweeps]))
         return 0
     for sweep in sweeps:
-        print(f"{sweep.folder.name:<32} {'finished' if sweep.finished else 'open':<9} {end_state_counts(sweep)}")
+        print(f"{sweep.folder.name:<32} {'finished' if sweep.finished else 'open':<9} {sweep.state_counts}")
     if not sweeps:
         print(f"no sweeps in {storage}")
     return 0

@@ -9,6 +9,7 @@ import logging
 import os
 import threading
 import time
+from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -85,6 +86,13 @@ class TrialRecord:
         return self.last.best_step if self.last else -1
 
     @property
+    def state(self) -> str:
+        """Its end state, or paused, or running."""
+        if self.end_state is not None:
+            return self.end_state.value
+        return "paused" if self.paused else "running"
+
+    @property
     def unopposed(self) -> bool:
         """It passed a rung where nobody had been before, and was never compared there."""
         return any(d.cutoff is None and d.keep for d in self.decisions) and not self.baseline
@@ -107,6 +115,13 @@ class SweepRecord:
     @property
     def baseline(self) -> TrialRecord | None:
         return next((t for t in self.trials.values() if t.baseline), None)
+
+
+    @property
+    def state_counts(self) -> str:
+        """`5 completed, 7 stopped_early, 1 paused`."""
+        counts = Counter(trial.state for trial in self.trials.values())
+        return ", ".join(f"{count} {state}" for state, count in counts.items()) or "none"
 
 
 def read_sweep(folder: Path) -> SweepRecord:

@@ -5,7 +5,7 @@ The one place where spec, pairs, engine and gold meet. Knows nothing of Ray or M
 """
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -24,9 +24,10 @@ from prefopt_ray.pairs.load import LoadedPairs, load_sweep_data
 from prefopt_ray.pairs.tokens import SweepData
 from prefopt_ray.spec import OtherModel, PartSpec, SweepSpec
 from prefopt_ray.train import Worker, make_worker
-from prefopt_ray.trial import ExecutionPlan
+from prefopt_ray.trial import ExecutionPlan, TrialConfig
 
 GOLD = "gold"
+DEFAULT_SHARE = 0.2  # a select or test part that the spec does not name takes at most this share of the train source
 Stage = Callable[[str], Progress]  # name of a long step -> its progress function
 
 
@@ -100,8 +101,9 @@ class WorkerBlueprint:
 
 @dataclass(frozen=True)
 class Prepared:
-    """A spec made concrete on this machine, up to the reference pass."""
+    """A spec made concrete on this machine: by `prepare` up to the reference pass, by `open_worker` with it."""
 
+    spec: SweepSpec
     blueprint: WorkerBlueprint
     tokenizer: PreTrainedTokenizerBase
     loaded: LoadedPairs
@@ -113,6 +115,12 @@ class Prepared:
     @property
     def longest_tokens(self) -> int:
         return int(self.loaded.data.train.longest.max())
+
+    def trial_config(self, loss: str, values: Mapping[str, float]) -> TrialConfig:
+        """One trial of the spec on these pairs. Raises SpecError if `values` are not the loss's."""
+        return self.spec.trial_config(
+            loss, values, train_pairs=self.train_pairs, max_tokens_hint=self.longest_tokens
+        )
 
 
 def cache_folder(spec: SweepSpec) -> Path:
@@ -141,11 +149,14 @@ def prepare(spec: SweepSpec, *, stage: Stage, device: str, threads: int) -> Prep
         device=device,
         micro_batch_pairs=_micro_batch(spec, len(loaded.data.train), longest),
     )
-    return Prepared(blueprint, tokenizer, loaded)
+    return Prepared(spec, blueprint, tokenizer, loaded)
 
 
 def open_worker(spec: SweepSpec, *, stage: Stage | None = None) -> tuple[Worker, Prepared]:
-    """Everything in this process: what a notebook and `prefopt train` use."""
+    """Everything in this process: what a notebook and `prefopt train` use.
+
+    The blueprint of what comes back makes the same worker in another process, for `PreferenceTrainable`.
+    """
     stage = stage or _silent
     device = "cuda" if torch.cuda.is_available() else "cpu"
     threads = spec.resources.cpus_per_trial if device == "cpu" else (os.cpu_count() or 1)
@@ -153,7 +164,7 @@ def open_worker(spec: SweepSpec, *, stage: Stage | None = None) -> tuple[Worker,
     blueprint = prepared.blueprint.with_reference(
         prepared.loaded.data, cache=cache_folder(spec) / "reference", progress=stage("reference pass")
     )
-    return blueprint(), prepared
+    return blueprint(), replace(prepared, blueprint=blueprint)
 
 
 def policy_source(spec: SweepSpec, *, stage: Stage) -> ModelSource:
@@ -173,12 +184,13 @@ def pairs_config(spec: SweepSpec, source: ModelSource) -> PairsConfig:
     def part(name: str) -> PartConfig:
         written = data.part(name)
         if written.from_ == "train":
-            return PartConfig(None, written.pairs)
+            default = getattr(data, name) is None
+            return PartConfig(None, written.pairs, most=DEFAULT_SHARE if default else 1.0)
         return PartConfig(_source(written, name, source), written.pairs)
 
     return PairsConfig(
         train=part("train"), select=part("select"), test=part("test"),
-        text=data.text_mode, max_tokens=data.max_tokens, seed=spec.search.seed,
+        text=data.text_mode, max_tokens=data.max_tokens,
     )
 
 

@@ -9,16 +9,12 @@ from typing import Any
 from prefopt_ray.answer import Alike, Answer, Standing
 from prefopt_ray.ledger import SweepRecord, TrialRecord
 from prefopt_ray.measures.compare import Difference
-from prefopt_ray.trial import EndState, Report
-
-_STATE_WORDS = {EndState.STOPPED_EARLY: "stopped", EndState.STOPPED_OVERFIT: "overfit stop",
-                EndState.OUT_OF_MEMORY: "out of mem", EndState.STOPPED_BY_USER: "by user"}
-
+from prefopt_ray.trial import Report
 
 def answer_lines(sweep: SweepRecord, answer: Answer) -> list[str]:
     """The answer in plain words; the first line stands alone."""
     if answer.winner is None:
-        return [f"No configuration has a valid score ({end_state_counts(sweep)}).", *_reasons(sweep)]
+        return [f"No configuration has a valid score ({sweep.state_counts}).", *_reasons(sweep)]
     lines = [_headline(answer)]
     if answer.test_gain is None:
         lines.append(f"Its gain on the select part is {answer.winner.score:.4f} bits per pair; "
@@ -26,7 +22,7 @@ def answer_lines(sweep: SweepRecord, answer: Answer) -> list[str]:
     else:
         lines += _test_lines(answer)
     lines += [f"Note: {warning}." for warning in answer.warnings]
-    lines.append(f"Trials: {end_state_counts(sweep)}.")
+    lines.append(f"Trials: {sweep.state_counts}.")
     return lines
 
 
@@ -73,22 +69,6 @@ def report_line(report: Report) -> str:
     )
     end = f"  [{report.end_state}: {report.reason}]" if report.end_state else ""
     return f"step {report.step:>5}  {measured}{gold}  {report.verdict.headline}{end}"
-
-
-def end_state_counts(sweep: SweepRecord) -> str:
-    """`5 completed, 7 stopped_early, 1 paused`."""
-    counts: dict[str, int] = {}
-    for trial in sweep.trials.values():
-        name = trial.end_state or ("paused" if trial.paused else "unfinished")
-        counts[name] = counts.get(name, 0) + 1
-    return ", ".join(f"{count} {name}" for name, count in counts.items()) or "none"
-
-
-def state_word(trial: TrialRecord) -> str:
-    """At most 12 characters."""
-    if trial.end_state is not None:
-        return _STATE_WORDS.get(trial.end_state, trial.end_state.value)
-    return "paused" if trial.paused else "running"
 
 
 def _headline(answer: Answer) -> str:
@@ -152,7 +132,7 @@ def _row(standing: Standing) -> dict[str, str | float | int | None]:
         "baseline": "baseline" if trial.baseline else "",
         "loss": trial.config.loss,
         **trial.values,
-        "end_state": trial.end_state.value if trial.end_state else state_word(trial),
+        "end_state": trial.state,
         "verdict_at_best": last.verdict_at_best.headline if last else None,
         "verdict_at_end": last.verdict.headline if last else None,
         "score": round(trial.score, 4),

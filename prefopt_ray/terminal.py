@@ -15,11 +15,11 @@ from rich.text import Text
 
 from prefopt_ray.answer import ranking
 from prefopt_ray.ledger import SweepRecord, TrialRecord
-from prefopt_ray.report import end_state_counts, state_word
 from prefopt_ray.spec import SweepSpec
 
 _COLOURS = {"diverged": "red", "overfit": "yellow", "collapsed_rejected": "magenta", "healthy": "green"}
-_SHORT = {"collapsed_rejected": "collapsed", "inconclusive": "-"}
+_SHORT = {"collapsed_rejected": "collapsed", "inconclusive": "-", "stopped_early": "stopped",
+          "stopped_overfit": "overfit stop", "stopped_by_user": "by user", "out_of_memory": "out of mem"}
 LOG_LINE_S = 10.0  # without a terminal: at most one progress line in this time
 
 
@@ -94,7 +94,7 @@ def live_table(sweep: SweepRecord, *, expected: int, height: int) -> Table:
     room = max(4, height - 6)
     shown = [*running, *ended][:room]
     ended_count = sum(1 for t in trials if t.end_state is not None)
-    title = f"{ended_count} of {expected} trials ended ({end_state_counts(sweep)})"
+    title = f"{ended_count} of {expected} trials ended ({sweep.state_counts})"
     table = trial_table(shown, title=title)
     hidden = len(trials) - len(shown)
     if hidden > 0:
@@ -126,7 +126,7 @@ def trial_cells(trial: TrialRecord) -> list[Text]:
         Text(f"{trial.config.learning_rate:.2g}"), Text(f"{step}/{total}"),
         Text(f"{trial.score:.4f}" if best else "-"), Text(str(trial.best_step) if best else "-"),
         Text(f"{best.metrics['eval/rewards/accuracy']:.2f}" if best else "-"),
-        Text(_SHORT.get(verdict, verdict), style=_COLOURS.get(verdict, "")), Text(state_word(trial)),
+        Text(_SHORT.get(verdict, verdict), style=_COLOURS.get(verdict, "")), Text(_SHORT.get(trial.state, trial.state)),
     ]
 
 

@@ -32,6 +32,7 @@ class PartConfig:
 
     source: SourceConfig | None
     pairs: int | None = None  # None = all; otherwise this many, chosen by prompt and seed
+    most: float = 1.0  # but at most this share of the source's pairs: a default size must fit small files
 
 
 @dataclass(frozen=True)

@@ -12,7 +12,7 @@ from pathlib import Path
 
 from transformers import PreTrainedTokenizerBase
 
-from prefopt_ray.pairs.config import PART_NAMES, PairsConfig
+from prefopt_ray.pairs.config import PART_NAMES, PairsConfig, PartConfig
 from prefopt_ray.pairs.encode import Encoder, tokenizer_fingerprint
 from prefopt_ray.pairs.parts import FILL_ORDER, Drop, FilledPart, Pool, build_pool, fill_part
 from prefopt_ray.pairs.rows import Source, open_source
@@ -108,7 +108,7 @@ def _load(
     for name in FILL_ORDER:
         parts[name] = fill_part(
             name, pools[name], encoder,
-            pairs=config.parts[name].pairs, seed=config.seed, taken=taken, on_pairs=report.advance,
+            pairs=_wanted(config.parts[name], pools[name]), seed=config.seed, taken=taken, on_pairs=report.advance,
         )
     report.finish()
     tokens = {name: parts[name].tokens() for name in PART_NAMES}
@@ -124,6 +124,12 @@ def _load(
         warnings=(*form.warnings, *_warnings(config, parts, pools)),
         max_token_id=max(int(r.values.max()) for t in tokens.values() for r in (t.prompt, t.chosen, t.rejected)),
     )
+
+
+def _wanted(part: PartConfig, pool: Pool) -> int | None:
+    if part.pairs is None or part.most >= 1.0:
+        return part.pairs
+    return max(1, min(part.pairs, int(part.most * len(pool.pairs))))
 
 
 class _Progress:
@@ -215,7 +221,7 @@ def _digest(parts: Mapping[str, PairTokens], max_tokens: int) -> str:
 
 def _warnings(config: PairsConfig, parts: Mapping[str, FilledPart], pools: Mapping[str, Pool]) -> list[str]:
     encoded = [pair for part in parts.values() for pair in part.encoded]
-    warnings = [text for name in PART_NAMES for text in _part_warnings(name, config.parts[name].pairs, parts[name])]
+    warnings = [text for name in PART_NAMES for text in _part_warnings(name, _wanted(config.parts[name], pools[name]), parts[name])]
     malformed = sum(1 for drop in _all_drops(pools, parts) if drop.detail)
     if malformed:
         warnings.append(f"malformed rows dropped: {malformed}")
@@ -257,7 +263,7 @@ def _part_warnings(name: str, asked: int | None, part: FilledPart) -> list[str]:
 def _cache_key(config: PairsConfig, tokenizer: PreTrainedTokenizerBase, sources: Mapping[str, Source]) -> str:
     """Over content only: not over paths, names, times or library versions."""
     parts = {
-        name: [sources[name].fingerprint, sorted(config.source_of(name).columns.items()), config.parts[name].pairs]
+        name: [sources[name].fingerprint, sorted(config.source_of(name).columns.items()), config.parts[name].pairs, config.parts[name].most]
         for name in PART_NAMES
     }
     text = "plain" if config.text == "plain" else template_text(config.text, tokenizer)

@@ -16,6 +16,7 @@ from ray import tune
 
 from prefopt_ray.ledger import stop_requested
 from prefopt_ray.train import Worker, train
+from prefopt_ray.train.state import WORST
 from prefopt_ray.trial import Report, TrialConfig
 
 STOP_POLL_S = 0.2  # the command folder may be on a network filesystem
@@ -26,9 +27,10 @@ log = logging.getLogger(__name__)
 class PreferenceTrainable(tune.Trainable):
     """One trial. `config` holds `trial_id`, `trial` (TrialConfig.to_dict()) and `folder`, or None for no files.
 
-    A result is {"report": Report | None, "paused": bool, "failure": str, "done": bool}. Give `open_worker`
-    (anything that makes a Worker) through `ray.tune.with_parameters`, or in the config when it is used
-    without Tune.
+    A result is {"report": Report | None, "paused": bool, "failure": str, "done": bool} and, for Ray's own
+    schedulers and searchers, the finite numbers `step` and `objective/current|best_so_far|best_step`, which are
+    in every result. Give `open_worker` (anything that makes a Worker, such as a WorkerBlueprint) through
+    `ray.tune.with_parameters`, or in the config when it is used without Tune.
     """
 
     def setup(self, config: dict[str, Any], open_worker: Callable[[], Worker] | None = None) -> None:
@@ -41,13 +43,13 @@ class PreferenceTrainable(tune.Trainable):
 
     def step(self) -> dict[str, Any]:
         try:
-            report = next(self._reports)
+            report = self._last = next(self._reports)
         except StopIteration:
-            return _result(paused=True)
+            return _result(self._last, paused=True)
         except Exception:
             # Whatever a trial dies of is its row's reason; only the death of the process is Ray's to handle.
-            return _result(failure=self._record_failure())
-        return _result(report)
+            return _result(self._last, failure=self._record_failure())
+        return _result(self._last, report=report)
 
     def save_checkpoint(self, checkpoint_dir: str) -> None:
         """Nothing: trials keep their own checkpoints, in their own folder."""
@@ -62,6 +64,7 @@ class PreferenceTrainable(tune.Trainable):
         folder = config.get("folder")
         self._folder = Path(folder) if folder else None
         self._next_poll, self._stop = 0.0, False
+        self._last: Report | None = None
         self._reports: Iterator[Report] = train(
             TrialConfig.from_dict(config["trial"]), self._worker, folder=self._folder, interrupted=self._interrupted
         )
@@ -82,6 +85,15 @@ class PreferenceTrainable(tune.Trainable):
         return text.strip().splitlines()[-1]
 
 
-def _result(report: Report | None = None, *, paused: bool = False, failure: str = "") -> dict[str, Any]:
+def _result(
+    last: Report | None, *, report: Report | None = None, paused: bool = False, failure: str = ""
+) -> dict[str, Any]:
+    """`report` is the new one, if any; `last` the newest there is, so that numbers never go missing."""
     ended = report is not None and report.end_state is not None
-    return {"report": report, "paused": paused, "failure": failure, "done": bool(ended or paused or failure)}
+    return {
+        "report": report, "paused": paused, "failure": failure, "done": bool(ended or paused or failure),
+        "step": last.step if last else 0,
+        "objective/current": last.objective if last and not failure else WORST,
+        "objective/best_so_far": last.best_so_far if last else WORST,
+        "objective/best_step": last.best_step if last else -1,
+    }
