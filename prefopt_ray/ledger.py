@@ -66,6 +66,7 @@ class TrialRecord:
     config: TrialConfig
     baseline: bool
     run_id: str | None = None  # MLflow
+    placement: dict[str, Any] = field(default_factory=dict)  # the latest: execution plan, pid, host
     reports: dict[int, Report] = field(default_factory=dict)
     decisions: list[Decision] = field(default_factory=list)
     end_state: EndState | None = None
@@ -186,6 +187,8 @@ def _fold(sweep: SweepRecord, event: Mapping[str, Any]) -> None:
         sweep.run_id = event["run_id"]
     elif kind == "tracked":
         trial.run_id = event["run_id"]
+    elif kind == "placed":
+        trial.placement = dict(event["placement"])
     elif kind == "report":
         report = Report.from_dict(event["report"])
         trial.reports[report.step] = report

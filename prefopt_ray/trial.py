@@ -187,7 +187,7 @@ class Report:
     best_step: int  # -1 before the first valid evaluation
     verdict: Verdict
     verdict_at_best: Verdict
-    points: bytes = b""  # pack_points of the optimizer steps since the report before
+    points: bytes = field(default=b"", repr=False)  # pack_points of the optimizer steps since the report before
     end_state: EndState | None = None
     reason: str = ""  # why it ended, one line
     seconds: float = 0.0  # training and evaluation time of this trial so far

@@ -34,7 +34,9 @@ def pair_batch(pairs: PairTokens, *, pad_id: int, device: torch.device) -> Seque
 def sequence_batch(
     prompts: list[np.ndarray], completions: list[np.ndarray], *, pad_id: int, device: torch.device
 ) -> SequenceBatch:
-    """(R, T) from R prompts (at least one token each) and R completions."""
+    """(R, T) from R prompts and R completions. Raises ValueError when one of them is empty."""
+    if not all(len(p) and len(c) for p, c in zip(prompts, completions)):
+        raise ValueError("every prompt and every completion needs at least one token")
     lengths = [len(p) + len(c) for p, c in zip(prompts, completions)]
     width = max(lengths)
     ids = np.full((len(prompts), width), pad_id, dtype=np.int64)

@@ -29,7 +29,9 @@ def completion_logps(hidden: Tensor, batch: SequenceBatch, *, head: Head, vocabu
         else:
             pieces.append(_token_logps(*part))
     logps = torch.cat(pieces)  # (N,)
-    return torch.zeros(batch.row_count, device=logps.device).index_add(0, batch.rows, logps)
+    # Laid out by row and summed, not index_add: that adds in no fixed order on a GPU.
+    by_row = torch.zeros(batch.input_ids.numel(), device=logps.device).index_copy(0, batch.positions, logps)
+    return by_row.view(batch.input_ids.shape).sum(1)
 
 
 def divergence_sums(

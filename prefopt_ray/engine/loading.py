@@ -9,9 +9,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from safetensors import SafetensorError
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
-from transformers.modeling_outputs import BaseModelOutputWithPast
+from transformers.utils import ModelOutput
 
 from prefopt_ray.errors import ModelError, Problem
 
@@ -46,20 +47,21 @@ def load_tokenizer(source: ModelSource) -> PreTrainedTokenizerBase:
 def load_model(source: ModelSource, *, device: torch.device, weights_dtype: str | None = None) -> LoadedModel:
     """The model with its adapters merged in float32, cast to `weights_dtype` (default: the source's dtype).
 
-    Raises ModelError when the folder or hub id cannot be read, is no causal LM, or an adapter does not fit.
+    Raises ModelError when the folder or hub id cannot be read, is no causal LM, lacks weights, or an adapter
+    does not fit.
     """
     target = DTYPES[weights_dtype or source.dtype]
     first = torch.float32 if source.adapters else target
     try:
-        model = AutoModelForCausalLM.from_pretrained(
-            source.model, revision=source.revision, dtype=first, use_safetensors=True
+        model, found = AutoModelForCausalLM.from_pretrained(
+            source.model, revision=source.revision, dtype=first, use_safetensors=True, output_loading_info=True
         )
-    except (OSError, ValueError, KeyError, RuntimeError, json.JSONDecodeError) as error:
+    except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
         raise ModelError(_cannot_load("model", source, error)) from error
+    _require_whole(model, source, missing=sorted(found["missing_keys"]))
     for adapter in source.adapters:
         model = _merge(model, adapter)
     model = model.to(device=device, dtype=target).eval()
-    model.config.use_cache = False
     return LoadedModel(model, source_digest(source, model), getattr(model.config, "_commit_hash", None))
 
 
@@ -86,28 +88,55 @@ def decoder_and_head(model: PreTrainedModel) -> tuple[nn.Module, Callable[[Tenso
     """The decoder, and a function from its hidden states (n, d) to logits (n, V).
 
     Most heads are one linear. Some models scale or cap what comes out of it (Gemma 2, Cohere, Granite):
-    for those the model's own forward is run on the given states. Checked against the model's own logits.
+    for those the model's own forward is run on the given states. Raises ModelError when that does not give the
+    model's own logits, and when a logit depends on later tokens.
     """
-    decoder = model.get_decoder()
-    linear = model.get_output_embeddings()
-    candidates = [lambda states: linear(states), lambda states: _tail_logits(model, decoder, states)]
+    ids = torch.arange(1, 9, device=model.device)[None] % model.get_input_embeddings().weight.shape[0]
     with torch.no_grad():
-        ids = torch.arange(1, 9, device=model.device)[None] % model.get_input_embeddings().weight.shape[0]
-        own = model(input_ids=ids).logits[0].float()
-        states = decoder(input_ids=ids).last_hidden_state[0]
-        for head in candidates:
-            logits = head(states).float()
-            if logits.shape == own.shape and (logits - own).abs().max() <= 0.02 * own.abs().max():
-                return decoder, head
-    raise ModelError(Problem(
-        place=str(model.config._name_or_path), key="model.policy", found=type(model).__name__,
-        rule="its logits cannot be computed from its decoder's hidden states", fix="use a causal language model",
-    ))
+        own = model(input_ids=ids).logits[0]
+        _require_causal(model, ids, own)
+        decoder = model.get_decoder()
+        outputs = decoder(input_ids=ids)
+        states, kind = outputs.last_hidden_state[0], type(outputs)
+
+        def linear(states: Tensor) -> Tensor:
+            return model.get_output_embeddings()(states)  # looked up each time: an adapter may be put on it
+
+        def whole(states: Tensor) -> Tensor:
+            return _tail_logits(model, decoder, states, kind=kind)
+
+        if not _close(whole(states), own):
+            raise ModelError(_not_usable(model, "its logits cannot be computed from its decoder's hidden states"))
+        large = 100 * states  # a cap hardly shows on small logits
+        return decoder, linear if _close(linear(large), whole(large)) else whole
 
 
-def _tail_logits(model: PreTrainedModel, decoder: nn.Module, states: Tensor) -> Tensor:
-    """Whatever the model does after its decoder, applied to `states` (n, d)."""
-    decoder.forward = lambda *args, **kwargs: BaseModelOutputWithPast(last_hidden_state=states[None])
+def _require_causal(model: PreTrainedModel, ids: Tensor, logits: Tensor) -> None:
+    """Raise ModelError when the last token's identity changes what is predicted before it."""
+    other = ids.clone()
+    other[0, -1] = ids[0, 0]
+    if not _close(model(input_ids=other).logits[0, :-1], logits[:-1]):
+        raise ModelError(_not_usable(model, "its predictions depend on later tokens, as an encoder's do"))
+
+
+def _not_usable(model: PreTrainedModel, rule: str) -> Problem:
+    return Problem(
+        place=str(model.config._name_or_path), key="model.policy", found=type(model).__name__, rule=rule,
+        fix="use a causal language model",
+    )
+
+
+def _close(logits: Tensor, expected: Tensor) -> bool:
+    """Equal but for rounding in the model's own precision."""
+    if logits.shape != expected.shape:
+        return False
+    limit = 8 * torch.finfo(expected.dtype).eps * expected.float().abs().max()
+    return bool((logits.float() - expected.float()).abs().max() <= limit)
+
+
+def _tail_logits(model: PreTrainedModel, decoder: nn.Module, states: Tensor, *, kind: type[ModelOutput]) -> Tensor:
+    """Whatever the model does after its decoder, which answers with a `kind`, applied to `states` (n, d)."""
+    decoder.forward = lambda *args, **kwargs: kind(last_hidden_state=states[None])
     try:
         ids = torch.zeros((1, len(states)), dtype=torch.long, device=states.device)
         return model(input_ids=ids).logits[0]
@@ -115,30 +144,69 @@ def _tail_logits(model: PreTrainedModel, decoder: nn.Module, states: Tensor) -> 
         del decoder.forward  # the class's own forward shows again
 
 
-def _merge(model: PreTrainedModel, adapter: str) -> PreTrainedModel:
-    from peft import PeftModel
-
-    try:
-        return PeftModel.from_pretrained(model, adapter).merge_and_unload()
-    except (OSError, ValueError, KeyError, RuntimeError, TypeError) as error:
+def _require_whole(model: PreTrainedModel, source: ModelSource, *, missing: list[str]) -> None:
+    """Raise ModelError for weights that transformers would fill with random numbers, or an adapter already inside."""
+    if missing:
         raise ModelError(Problem(
-            place=adapter, key="model.start_adapter", found="", rule=f"the adapter cannot be merged: {_first_line(error)}",
-            fix="give a folder with adapter_config.json and adapter_model.safetensors made for this base model",
-        )) from error
+            place=source.model, key="model", found=f"{len(missing)} weights missing, {missing[0]} first",
+            rule="the safetensors must hold every weight that config.json describes",
+            fix="download the folder again, or use the causal language model it was made from",
+        ))
+    if getattr(model, "_hf_peft_config_loaded", False):
+        raise ModelError(Problem(
+            place=source.model, key="model", found="an adapter", rule="a model must be whole weights",
+            fix="give its base model here and the adapter as model.start_adapter",
+        ))
+
+
+def _merge(model: PreTrainedModel, adapter: str) -> PreTrainedModel:
+    from peft import PeftModel, get_peft_model_state_dict
+    from peft.utils import load_peft_weights
+
+    folder = Path(adapter).expanduser()
+    if folder.is_dir() and not (folder / "adapter_model.safetensors").is_file():
+        raise ModelError(_cannot_merge(adapter, f"adapter_model.safetensors is missing in {_listing(folder)}"))
+    try:
+        adapted = PeftModel.from_pretrained(model, str(folder) if folder.is_dir() else adapter)
+        stored = load_peft_weights(str(folder) if folder.is_dir() else adapter, device="cpu")
+    except (OSError, ValueError, KeyError, RuntimeError, TypeError, SafetensorError) as error:
+        raise ModelError(_cannot_merge(adapter, _first_line(error))) from error
+    # peft drops what has no place in the model and leaves the rest untrained, with a warning at most.
+    held, taken = (sum("lora_" in name for name in names) for names in (stored, get_peft_model_state_dict(adapted)))
+    if held != taken:
+        raise ModelError(_cannot_merge(adapter, f"it holds {held} tensors and this model has places for {taken}"))
+    return adapted.merge_and_unload()
+
+
+def _cannot_merge(adapter: str, why: str) -> Problem:
+    return Problem(
+        place=adapter, key="model.start_adapter", found="", rule=f"the adapter cannot be merged: {why}",
+        fix="give a folder with adapter_config.json and adapter_model.safetensors made for this base model",
+    )
 
 
 def _cannot_load(what: str, source: ModelSource, error: Exception) -> Problem:
+    if source.model.startswith((".", "/", "~")) and not Path(source.model).expanduser().is_dir():
+        return Problem(source.model, "model", found="", rule="no such folder", fix="give a model folder or a hub id")
+    return Problem(
+        place=source.model, key="model", found="", rule=f"the {what} cannot be loaded: {_first_line(error)}",
+        fix=_loading_fix(source),
+    )
+
+
+def _loading_fix(source: ModelSource) -> str:
     folder = Path(source.model).expanduser()
-    if folder.is_dir():
-        names = {p.name for p in folder.iterdir()}
-        fix = "the folder needs config.json, *.safetensors and tokenizer files"
-        if "config.json" in names:
-            fix = f"{_architecture(folder)}; it needs *.safetensors weights and tokenizer files"
-    elif source.model.startswith((".", "/", "~")):
-        fix = "no such folder"
-    else:
-        fix = "a hub id needs the network once (HF_TOKEN for gated models) or a filled cache; or give a local folder"
-    return Problem(place=source.model, key="model", found="", rule=f"the {what} cannot be loaded: {_first_line(error)}", fix=fix)
+    if not folder.is_dir():
+        return "a hub id needs the network once (HF_TOKEN for gated models) or a filled cache; or give a local folder"
+    if list(folder.glob("*.bin")) and not list(folder.glob("*.safetensors")):
+        return "pickled weights (*.bin) are never read; save the model as safetensors with transformers once"
+    if (folder / "config.json").is_file():
+        return f"{_architecture(folder)}; it needs *.safetensors weights and tokenizer files"
+    return "the folder needs config.json, *.safetensors and tokenizer files"
+
+
+def _listing(folder: Path) -> str:
+    return ", ".join(sorted(path.name for path in folder.iterdir())[:6]) or "an empty folder"
 
 
 def _architecture(folder: Path) -> str:

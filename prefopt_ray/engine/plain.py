@@ -9,6 +9,7 @@ import copy
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -17,6 +18,7 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from peft.utils import get_peft_model_state_dict
 from safetensors.torch import save_file
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 from transformers import GenerationConfig, PreTrainedModel
 from transformers.modeling_layers import GradientCheckpointingLayer
 
@@ -26,6 +28,7 @@ from prefopt_ray.engine.base import (
 from prefopt_ray.engine.batches import SequenceBatch, left_padded, pair_batch, ragged, scoring_order, sequence_batch
 from prefopt_ray.engine.head import completion_logps, divergence_sums
 from prefopt_ray.engine.loading import decoder_and_head
+from prefopt_ray.errors import ModelError, Problem
 from prefopt_ray.losses.stats import PairStats
 from prefopt_ray.pairs.tokens import PairTokens, Ragged
 from prefopt_ray.trial import AdapterConfig, ExecutionPlan, OptimizerConfig, TrialConfig
@@ -78,13 +81,15 @@ class PlainEngine:
     # -- slots -------------------------------------------------------------------------------------
 
     def open(self, slot: int, config: TrialConfig) -> None:
+        if (self._peft if config.adapter.kind == "none" else self._pristine) is not None:
+            # The base under an adapter must be pristine; after full fine-tuning it is not.
+            raise ValueError("one engine serves either adapters or full fine-tuning, not both")
         if config.adapter.kind == "none":
             parameters = self._open_full(slot)
             adapter = None
         else:
             adapter = f"slot{slot}"
             parameters = self._open_adapter(adapter, config.adapter, seed=config.seed)
-        _set_gradient_checkpointing(self._model, enabled=config.training.gradient_checkpointing)
         optimizer = _make_optimizer(parameters, config.training.optimizer)
         self._slots[slot] = Slot(adapter, parameters, optimizer, config.training.optimizer)
 
@@ -157,31 +162,36 @@ class PlainEngine:
                 self._step_one(trial, self._slots[trial.slot])
 
     def _step_one(self, trial: SteppedTrial, slot: Slot) -> None:
-        pairs = trial.next_batch()
-        parameters = list(slot.parameters.values())
-        micro = trial.config.training.micro_batch_pairs
+        limit = trial.config.training.max_grad_norm
+        try:
+            stats, losses = self._accumulate(trial, trial.next_batch())
+            norm = torch.nn.utils.clip_grad_norm_(slot.parameters.values(), limit if limit > 0 else float("inf"))
+            grad_norm = float(norm)
+            applied = bool(np.isfinite(grad_norm)) and bool(torch.isfinite(losses).all())
+            ratio = None
+            if applied:
+                ratio = self._apply(slot, trial.learning_rate, measure=trial.measures_update)
+        finally:
+            slot.optimizer.zero_grad(set_to_none=True)  # out of memory must not leave half a gradient behind
+        trial.finish_step(StepOutcome(
+            stats=stats.cpu(), losses=losses.cpu(), grad_norm=grad_norm,
+            clipped=0 < limit < grad_norm, update_ratio=ratio, applied=applied,
+        ))
+
+    def _accumulate(self, trial: SteppedTrial, pairs: ReferencedPairs) -> tuple[PairStats, Tensor]:
+        """Gradient of the mean loss over all pairs, micro-batch by micro-batch; their statistics and losses (B,)."""
+        training = trial.config.training
         gathered: list[PairStats] = []
         losses: list[Tensor] = []
-        for start in range(0, len(pairs), micro):
-            part = pairs.take(np.arange(start, min(start + micro, len(pairs))))
-            stats = pair_stats(part, self._pair_logps(self._model, part.tokens))
+        for start in range(0, len(pairs), training.micro_batch_pairs):
+            part = pairs.take(np.arange(start, min(start + training.micro_batch_pairs, len(pairs))))
+            with _recomputed_layers(self._model) if training.gradient_checkpointing else nullcontext():
+                stats = pair_stats(part, self._pair_logps(self._model, part.tokens))
             loss = trial.loss(stats)  # (b,)
             (loss.sum() / len(pairs)).backward()
             gathered.append(stats.detach())
             losses.append(loss.detach())
-        loss = torch.cat(losses)
-        limit = trial.config.training.max_grad_norm
-        norm = torch.nn.utils.clip_grad_norm_(parameters, limit if limit > 0 else float("inf"))
-        grad_norm = float(norm)
-        applied = bool(np.isfinite(grad_norm)) and bool(torch.isfinite(loss).all())
-        ratio = None
-        if applied:
-            ratio = self._apply(slot, trial.learning_rate, measure=trial.measures_update)
-        slot.optimizer.zero_grad(set_to_none=True)
-        trial.finish_step(StepOutcome(
-            stats=PairStats.gather(gathered).cpu(), losses=loss.cpu(), grad_norm=grad_norm,
-            clipped=0 < limit < grad_norm, update_ratio=ratio, applied=applied,
-        ))
+        return PairStats.gather(gathered), torch.cat(losses)
 
     def _apply(self, slot: Slot, learning_rate: float, *, measure: bool) -> float | None:
         for group in slot.optimizer.param_groups:
@@ -262,13 +272,15 @@ class PlainEngine:
     def _generate(self, slot: int, prompts: list[np.ndarray], *, max_new_tokens: int, seed: int) -> np.ndarray:
         """(R, up to max_new_tokens) sampled ids; after the end token a row holds padding."""
         ids, mask = left_padded(prompts, pad_id=self._pad_id, device=self.device)
-        # A fresh GenerationConfig: the model's own may sharpen, penalise or truncate the distribution.
         settings = GenerationConfig(
             do_sample=True, temperature=1.0, top_k=0, top_p=1.0, max_new_tokens=max_new_tokens,
             eos_token_id=list(self._eos_ids) or None, pad_token_id=self._pad_id, use_cache=True,
         )
         cuda = [self.device] if self.device.type == "cuda" else []
-        with torch.inference_mode(), torch.random.fork_rng(devices=cuda), self._precision(), self._policy(slot) as model:
+        with (
+            torch.inference_mode(), torch.random.fork_rng(devices=cuda), self._precision(),
+            self._policy(slot) as model, _own_generation_config_hidden(model),
+        ):
             torch.manual_seed(seed)
             out = model.generate(input_ids=ids, attention_mask=mask, generation_config=settings)
         return out[:, ids.shape[1] :].cpu().numpy()
@@ -320,17 +332,36 @@ def _make_optimizer(parameters: dict[str, nn.Parameter], config: OptimizerConfig
     return torch.optim.AdamW(values, lr=0.0, betas=config.betas, eps=config.eps, weight_decay=config.weight_decay)
 
 
-def _set_gradient_checkpointing(model: PreTrainedModel, *, enabled: bool) -> None:
-    """transformers recomputes a layer only while its `training` flag is set. The flag is set on those
-    layers alone and not on what is inside them, so dropout stays off."""
-    word = "activation" if hasattr(model, "activation_checkpointing_enable") else "gradient"  # renamed in 5.x
-    if enabled:
-        getattr(model, f"{word}_checkpointing_enable")(**{f"{word}_checkpointing_kwargs": {"use_reentrant": False}})
-    elif getattr(model, f"is_{word}_checkpointing"):
-        getattr(model, f"{word}_checkpointing_disable")()
-    for module in model.modules():
-        if isinstance(module, GradientCheckpointingLayer):
-            module.training = enabled
+@contextmanager
+def _recomputed_layers(model: PreTrainedModel) -> Iterator[None]:
+    """Within, the decoder's layers keep their input only and are computed again in the backward pass.
+
+    Not transformers' own switch: it acts on layers in training mode only, which turns on the dropout some
+    of them do themselves (OPT), and it takes the cache away from a model that is sampling.
+    """
+    layers = [module for module in model.modules() if isinstance(module, GradientCheckpointingLayer)]
+    if not layers:
+        raise ModelError(Problem(
+            place=str(model.config._name_or_path), key="training.gradient_checkpointing", found=type(model).__name__,
+            rule="its layers cannot be recomputed", fix="leave gradient checkpointing off for this model",
+        ))
+    for layer in layers:
+        layer.forward = partial(checkpoint, layer.forward, use_reentrant=False, preserve_rng_state=False)
+    try:
+        yield
+    finally:
+        for layer in layers:
+            del layer.forward  # the class's own forward shows again
+
+
+@contextmanager
+def _own_generation_config_hidden(model: PreTrainedModel) -> Iterator[None]:
+    """`generate` fills what is unset from the model's own settings, which may sharpen or penalise."""
+    own, model.generation_config = model.generation_config, GenerationConfig()
+    try:
+        yield
+    finally:
+        model.generation_config = own
 
 
 def _norm(tensors: list[Tensor]) -> Tensor:

@@ -7,6 +7,7 @@ completeness and finiteness when read.
 
 import hashlib
 import json
+import logging
 import os
 import tempfile
 from collections.abc import Callable
@@ -14,6 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
+from safetensors import SafetensorError
 from safetensors.numpy import load_file, save_file
 
 from prefopt_ray.engine.base import REFERENCE, Engine, ReferencedPairs
@@ -22,6 +24,8 @@ from prefopt_ray.errors import ModelError, Problem
 from prefopt_ray.pairs.tokens import PairTokens, SweepData
 
 Progress = Callable[[int, int], None]  # (pairs done, pairs in all)
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -82,7 +86,13 @@ def _path(cache: Path, key: ReferenceKey, part: PairTokens) -> Path:
 
 def _read(path: Path, part: PairTokens) -> np.ndarray | None:
     """(N, 2) joined by row id, or None when the file does not hold exactly these rows (it is then rewritten)."""
-    stored = load_file(path)
+    try:
+        stored = load_file(path)
+    except (OSError, SafetensorError) as error:
+        log.warning("%s cannot be read (%s); the reference pass is made again", path, error)
+        return None
+    if stored.keys() != {"row_ids", "logps"} or stored["logps"].shape != (len(stored["row_ids"]), 2):
+        return None
     order = np.argsort(stored["row_ids"], kind="stable")
     wanted = np.searchsorted(stored["row_ids"][order], part.row_ids)
     if len(order) != len(part) or (wanted >= len(order)).any():

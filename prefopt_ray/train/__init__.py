@@ -35,15 +35,35 @@ def train(
     if trial.last_report is not None:
         yield trial.last_report
     elif trial.evaluation_due:
-        yield trial.report()
+        yield _report(trial)
     while trial.running:
         if interrupted():
             trial.save()
             return
-        try:
-            worker.engine.step([trial])
-        except torch.OutOfMemoryError as error:
-            yield trial.end(EndState.OUT_OF_MEMORY, str(error).splitlines()[0])
-            return
-        if trial.evaluation_due or not trial.running:
-            yield trial.report()
+        shortage = _step(trial, worker)
+        if shortage:
+            yield trial.end(EndState.OUT_OF_MEMORY, shortage)
+        elif trial.evaluation_due or not trial.running:
+            yield _report(trial)
+
+
+def _step(trial: TrialState, worker: Worker) -> str:
+    """One optimizer step; what memory was short of, or nothing. The error and the tensors it holds end here."""
+    try:
+        worker.engine.step([trial])
+    except torch.OutOfMemoryError as error:
+        return _shortage(error)
+    return ""
+
+
+def _report(trial: TrialState) -> Report:
+    """The report that is due; evaluating and sampling can run out of memory too."""
+    try:
+        return trial.report()
+    except torch.OutOfMemoryError as error:
+        shortage = _shortage(error)
+    return trial.end(EndState.OUT_OF_MEMORY, shortage)
+
+
+def _shortage(error: torch.OutOfMemoryError) -> str:
+    return (str(error).strip().splitlines() or ["out of memory"])[0]

@@ -42,7 +42,8 @@ class Checkpoints:
         """Write one checkpoint durably, then remove those no longer needed (`best_step` -1: none yet)."""
         final = self._path(checkpoint.step)
         partial = final.with_name(f".{final.name}.{os.getpid()}.tmp")
-        shutil.rmtree(partial, ignore_errors=True)
+        for left_over in self.folder.glob(".step-*.tmp"):  # of a process that was killed while writing
+            shutil.rmtree(left_over)
         partial.mkdir(parents=True)
         save_file(checkpoint.tensors, partial / _TENSORS)
         (partial / _STATE).write_text(json.dumps(checkpoint.state))
@@ -54,7 +55,7 @@ class Checkpoints:
             shutil.rmtree(final)
         os.replace(partial, final)
         _fsync(self.folder)
-        self._prune(best_step)
+        self._prune(checkpoint.step, best_step)
 
     def steps(self) -> list[int]:
         if not self.folder.is_dir():
@@ -72,7 +73,7 @@ class Checkpoints:
             if manifest["format"] != FORMAT:
                 raise CheckpointError(f"{path}: written in format {manifest['format']}, this version reads {FORMAT}")
             state = json.loads((path / _STATE).read_text())
-        except (OSError, ValueError, KeyError) as error:
+        except (OSError, ValueError, KeyError, TypeError) as error:
             raise CheckpointError(f"{path}: torn or unreadable ({error})") from error
         return Checkpoint(step, load_file(path / _TENSORS), state)
 
@@ -88,9 +89,12 @@ class Checkpoints:
     def _path(self, step: int) -> Path:
         return self.folder / f"step-{step:08d}"
 
-    def _prune(self, best_step: int) -> None:
-        for step in self.steps()[:-KEPT_LAST]:
-            if step != best_step:
+    def _prune(self, newest: int, best_step: int) -> None:
+        # Later ones could not be read when the trial was continued; they must not push sound ones out.
+        sound = [step for step in self.steps() if step <= newest]
+        kept = {best_step, *sound[-KEPT_LAST:]}
+        for step in self.steps():
+            if step not in kept:
                 shutil.rmtree(self._path(step))
 
 

@@ -6,6 +6,7 @@ sampling depend on (seed, epoch) and fixed seeds alone, so there is no random st
 """
 
 import base64
+import logging
 import time
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -14,6 +15,7 @@ from typing import Any
 from torch import Tensor
 
 from prefopt_ray.engine.base import ReferencedPairs, StepOutcome
+from prefopt_ray.errors import CheckpointError
 from prefopt_ray.losses.cards import find_card
 from prefopt_ray.losses.formulas import loss_function
 from prefopt_ray.losses.stats import PairStats
@@ -30,11 +32,16 @@ UPDATE_RATIO_EVERY = 10  # steps; it costs a copy of the trainable weights
 WORST = -1.0  # the objective of an invalid evaluation: finite, below every gain
 _UNJUDGED = Verdict("inconclusive", evidence="not evaluated after a training step yet")
 
+log = logging.getLogger(__name__)
+
 
 class TrialState:
     """SteppedTrial (see engine.base) with evaluation, verdicts, best-so-far and checkpoints."""
 
     def __init__(self, config: TrialConfig, worker: Worker, *, slot: int = 0, folder: Path | None = None) -> None:
+        if not {0, config.training.stop_step} <= set(config.evaluation.steps):
+            # Without the first nothing is normalised, without the last the trial never ends.
+            raise ValueError(f"evaluation.steps must hold 0 and stop_step, got {config.evaluation.steps}")
         self.config, self.slot = config, slot
         self.card = find_card(config.loss)
         self.end_state: EndState | None = None
@@ -179,7 +186,7 @@ class TrialState:
             "best": [self._best, self._best_step, asdict(self._best_verdict)],
             "end": [self.end_state, self.reason],
             "points": [[p.step, dict(p.metrics)] for p in self._points],
-            "steps": [list(asdict(record).values()) for record in self._history.steps],
+            "steps": [tuple(vars(record).values()) for record in self._history.steps],
             "kl_per_token": list(self._kl_per_token.items()),
             "last_report": report,
             "seconds": self._seconds,
@@ -207,6 +214,10 @@ class TrialState:
     # -- inside ------------------------------------------------------------------------------------
 
     def _restore(self, saved: Checkpoint) -> None:
+        if saved.state["config"] != self.config.digest():
+            raise CheckpointError(f"{self._folder}: holds a trial with another configuration; give it its own folder")
+        if saved.state["plan"] != self._worker.engine.plan.to_dict():
+            log.warning("%s: continued under another execution plan, so its last bits may differ", self._folder)
         self._worker.engine.load(self.slot, saved.tensors)
         self._log = EvaluationLog.load(self._folder / "evaluations.safetensors")
         self._log.forget_after(saved.state["reported_step"])

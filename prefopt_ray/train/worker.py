@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from prefopt_ray.engine.base import Engine, ReferencedPairs
+from prefopt_ray.engine.base import REFERENCE, Engine, ReferencedPairs
 from prefopt_ray.measures.verdicts import Thresholds
 from prefopt_ray.pairs.tokens import Ragged
 from prefopt_ray.train.evaluate import Evaluator, PairEvaluator, SampleEvaluator
@@ -36,6 +36,10 @@ def make_worker(
 ) -> Worker:
     """The usual evaluators: select part, a fixed probe of train pairs, samples at the select part's prompts."""
     probe = parts["train"].take(_probe_indices(len(parts["train"]), probe_pairs))
+    if reference_is_start:
+        # Scored again in the batches that evaluations score it in: rounding depends on a batch's shape, and
+        # margins of 1e-6 instead of zero at step 0 would look like an accuracy of .47.
+        probe = ReferencedPairs(probe.tokens, engine.score(REFERENCE, probe.tokens))
     pairs = PairEvaluator(parts["select"], probe)
     samples = SampleEvaluator(_distinct_prompts(parts["select"], sample_prompts), decode, scorers)
     return Worker(engine, parts, (pairs, samples), pairs.parts, reference_is_start)

@@ -81,6 +81,13 @@ class SweepDriver:
             return False
         return self._decide(trial, report)
 
+    def placed(self, trial_id: str, placement: Mapping[str, Any]) -> None:
+        """Where a trial is computed and by which plan; written once per process it runs in."""
+        trial = self.sweep.trials[trial_id]
+        if trial.placement != placement:
+            trial.placement = dict(placement)
+            self._ledger.append("placed", trial=trial_id, placement=trial.placement)
+
     def paused(self, trial_id: str) -> None:
         """The trial has checkpointed because the sweep was asked to stop."""
         trial = self.sweep.trials[trial_id]

@@ -4,6 +4,7 @@ Tune pickles both into its own folder; ours pickle to nothing, since a sweep is 
 and Tune's state is never read back.
 """
 
+import json
 from typing import Any
 
 from ray.tune.experiment import Trial
@@ -45,6 +46,7 @@ class DriverScheduler(FIFOScheduler):
         self._driver = driver
 
     def on_trial_result(self, tune_controller: Any, trial: Trial, result: dict[str, Any]) -> str:
+        self._driver.placed(trial.config["trial_id"], json.loads(result["placement"]))
         keep = self._driver.take(trial.config["trial_id"], result["report"])
         return TrialScheduler.CONTINUE if keep else TrialScheduler.STOP
 

@@ -5,7 +5,10 @@ optimizer and seeds only. A trial lives in its own folder and continues from the
 Exceptions of a trial become its reason, not the sweep's end.
 """
 
+import json
 import logging
+import os
+import platform
 import time
 import traceback
 from collections.abc import Callable, Iterator
@@ -27,14 +30,17 @@ log = logging.getLogger(__name__)
 class PreferenceTrainable(tune.Trainable):
     """One trial. `config` holds `trial_id`, `trial` (TrialConfig.to_dict()) and `folder`, or None for no files.
 
-    A result is {"report": Report | None, "paused": bool, "failure": str, "done": bool} and, for Ray's own
-    schedulers and searchers, the finite numbers `step` and `objective/current|best_so_far|best_step`, which are
-    in every result. Give `open_worker` (anything that makes a Worker, such as a WorkerBlueprint) through
+    A result is {"report": Report | None, "placement": JSON, "paused": bool, "failure": str, "done": bool} and,
+    for Ray's own schedulers, searchers, loggers and tables, flat values of the newest report: the finite numbers
+    `step` and `objective/current|best_so_far|best_step`, which are in every result, `verdict` and every metric.
+    Give `open_worker` (anything that makes a Worker, such as a WorkerBlueprint) through
     `ray.tune.with_parameters`, or in the config when it is used without Tune.
     """
 
     def setup(self, config: dict[str, Any], open_worker: Callable[[], Worker] | None = None) -> None:
         self._worker = (open_worker or config["open_worker"])()
+        # Where and how its trials are computed: execution plan, process, machine.
+        self._placement = {**self._worker.engine.plan.to_dict(), "pid": os.getpid(), "host": platform.node()}
         self._start(config)
 
     def reset_config(self, new_config: dict[str, Any]) -> bool:
@@ -45,11 +51,11 @@ class PreferenceTrainable(tune.Trainable):
         try:
             report = self._last = next(self._reports)
         except StopIteration:
-            return _result(self._last, paused=True)
+            return self._result(paused=True)
         except Exception:
             # Whatever a trial dies of is its row's reason; only the death of the process is Ray's to handle.
-            return _result(self._last, failure=self._record_failure())
-        return _result(self._last, report=report)
+            return self._result(failure=self._record_failure())
+        return self._result(report)
 
     def save_checkpoint(self, checkpoint_dir: str) -> None:
         """Nothing: trials keep their own checkpoints, in their own folder."""
@@ -84,16 +90,20 @@ class PreferenceTrainable(tune.Trainable):
             (self._folder / "error.txt").write_text(text)
         return text.strip().splitlines()[-1]
 
-
-def _result(
-    last: Report | None, *, report: Report | None = None, paused: bool = False, failure: str = ""
-) -> dict[str, Any]:
-    """`report` is the new one, if any; `last` the newest there is, so that numbers never go missing."""
-    ended = report is not None and report.end_state is not None
-    return {
-        "report": report, "paused": paused, "failure": failure, "done": bool(ended or paused or failure),
-        "step": last.step if last else 0,
-        "objective/current": last.objective if last and not failure else WORST,
-        "objective/best_so_far": last.best_so_far if last else WORST,
-        "objective/best_step": last.best_step if last else -1,
-    }
+    def _result(self, report: Report | None = None, *, paused: bool = False, failure: str = "") -> dict[str, Any]:
+        """`report` is the new one, if any; the numbers are of the newest there is, so that they never go missing."""
+        last = self._last
+        ended = report is not None and report.end_state is not None
+        return {
+            "report": report,
+            "placement": json.dumps(self._placement),
+            "paused": paused,
+            "failure": failure,
+            "done": bool(ended or paused or failure),
+            "step": last.step if last else 0,
+            "objective/current": last.objective if last and not failure else WORST,
+            "objective/best_so_far": last.best_so_far if last else WORST,
+            "objective/best_step": last.best_step if last else -1,
+            "verdict": last.verdict.headline if last else "",
+            **(last.metrics if last else {}),
+        }
