@@ -89,8 +89,9 @@ class TrialPlot:
         return png.getvalue(), {"width": width, "height": height}
 
     def _draw(self, axes: Axes, panel: Panel) -> None:
-        axes.set(title=panel.title, ylabel=panel.unit, xlabel="optimizer step")
-        axes.label_outer()
+        axes.set(title=panel.title, ylabel=panel.unit)
+        if axes.get_subplotspec().is_last_row():
+            axes.set_xlabel("optimizer step")
         last_step = self._config.training.stop_step
         axes.set_xlim(-0.02 * last_step, 1.02 * last_step)  # fixed: the curve grows, the axis stays
         axes.xaxis.set_major_locator(MaxNLocator(integer=True))

@@ -158,7 +158,8 @@ def open_worker(spec: SweepSpec, *, stage: Stage | None = None) -> tuple[Worker,
     The blueprint of what comes back makes the same worker in another process, for `PreferenceTrainable`.
     """
     stage = stage or _silent
-    device = "cuda" if torch.cuda.is_available() else "cpu"
+    has_gpu = torch.cuda.is_available()
+    device = "cuda" if has_gpu and spec.resources.gpu_share(gpus_present=has_gpu) > 0 else "cpu"
     threads = spec.resources.cpus_per_trial if device == "cpu" else (os.cpu_count() or 1)
     prepared = prepare(spec, stage=stage, device=device, threads=threads)
     blueprint = prepared.blueprint.with_reference(

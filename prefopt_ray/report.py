@@ -11,6 +11,9 @@ from prefopt_ray.ledger import SweepRecord, TrialRecord
 from prefopt_ray.measures.compare import Difference
 from prefopt_ray.trial import Report
 
+OVER_OPTIMISED_BY = 0.5  # gold reward; the standard error of a mean over 128 samples is about .12
+
+
 def answer_lines(sweep: SweepRecord, answer: Answer) -> list[str]:
     """The answer in plain words; the first line stands alone."""
     if answer.winner is None:
@@ -21,6 +24,7 @@ def answer_lines(sweep: SweepRecord, answer: Answer) -> list[str]:
                      "not scored on test yet, so this is optimistic and the order may change.")
     else:
         lines += _test_lines(answer)
+    lines += _gold_lines(answer)
     lines += [f"Note: {warning}." for warning in answer.warnings]
     lines.append(f"Trials: {sweep.state_counts}.")
     return lines
@@ -100,6 +104,32 @@ def _test_lines(answer: Answer) -> list[str]:
     lines.append(f"These pairs resolve differences of about {answer.resolvable:.4f} and more. "
                  "All of this is for this training seed.")
     return lines
+
+
+def _gold_lines(answer: Answer) -> list[str]:
+    """Where the true reward is known: whether gain chose well, and who over-optimised."""
+    if not gold_rewards(answer.winner):
+        return []
+    start = answer.winner.reports[0].metrics.get("gold/reward")
+    known = {s.trial.trial_id: gold_rewards(s.trial) for s in answer.standings}
+    known = {name: rewards for name, rewards in known.items() if rewards}
+    fell = {name: rewards for name, rewards in known.items() if rewards[1] < rewards[0] - OVER_OPTIMISED_BY}
+    line = f"The truth, for once known (gold reward; the base model has {start:.2f}): {known[answer.winner.trial_id][0]:.2f} "
+    line += f"for the best; the highest of all trials at their best steps is {max(r[0] for r in known.values()):.2f}."
+    if not fell:
+        return [line]
+    worst = min(fell, key=lambda name: fell[name][1])
+    return [line, f"Over-optimised: {len(fell)} of {len(known)} trials lost more than {OVER_OPTIMISED_BY:g} of it by their last "
+                  f"step, though training went on 'improving'; worst is {worst}, from {fell[worst][0]:.2f} "
+                  f"to {fell[worst][1]:.2f}."]
+
+
+def gold_rewards(trial: TrialRecord) -> tuple[float, float] | tuple[()]:
+    """Mean gold reward of the trial's samples at its best step and at its last; empty where it was not drawn."""
+    best = trial.reports.get(trial.best_step)
+    if best is None or "gold/reward" not in best.metrics:
+        return ()
+    return best.metrics["gold/reward"], _last_value(trial, "gold/reward")
 
 
 def _verdict_on(difference: Difference) -> str:

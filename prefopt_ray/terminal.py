@@ -15,11 +15,13 @@ from rich.text import Text
 
 from prefopt_ray.answer import ranking
 from prefopt_ray.ledger import SweepRecord, TrialRecord
+from prefopt_ray.report import gold_rewards
 from prefopt_ray.spec import SweepSpec
+from prefopt_ray.trial import Report
 
-_COLOURS = {"diverged": "red", "overfit": "yellow", "collapsed_rejected": "magenta", "healthy": "green"}
+_COLOURS = {"diverged": "red", "overfit": "yellow", "drifted": "yellow", "collapsed": "magenta", "healthy": "green"}
 _SHORT = {"collapsed_rejected": "collapsed", "inconclusive": "-", "stopped_early": "stopped",
-          "stopped_overfit": "overfit stop", "stopped_by_user": "by user", "out_of_memory": "out of mem"}
+          "stopped_overfit": "overfit", "stopped_by_user": "by user", "out_of_memory": "no memory"}
 LOG_LINE_S = 10.0  # without a terminal: at most one progress line in this time
 
 
@@ -103,31 +105,47 @@ def live_table(sweep: SweepRecord, *, expected: int, height: int) -> Table:
 
 
 def trial_table(trials: list[TrialRecord], *, title: str = "") -> Table:
-    """One row per trial, 80 columns at most."""
+    """One row per trial, 80 columns at most.
+
+    `best` is the gain at step `at`. With a gold reward there is its value at that step and at the end;
+    otherwise the accuracy at that step.
+    """
+    gold = any(gold_rewards(trial) for trial in trials)
     table = Table(title=title, title_justify="left", box=None, padding=(0, 1, 0, 0), pad_edge=False)
+    measured = ("gold: at > end", "right", 14) if gold else ("acc", "right", 5)
     for name, justify, width in (
-        ("#", "right", 4), ("loss", "left", 8), ("beta", "right", 7), ("lr", "right", 7), ("step", "right", 9),
-        ("best", "right", 6), ("at", "right", 5), ("acc", "right", 4), ("verdict", "left", 9), ("state", "left", 12),
+        ("#", "right", 4), ("loss", "left", 8), ("beta", "right", 7), ("lr", "right", 7), ("step", "right", 7),
+        ("best", "right", 6), ("at", "right", 4), measured, ("verdict", "left", 9), ("state", "left", 9),
     ):
         table.add_column(name, justify=justify, max_width=width, no_wrap=True, overflow="crop")
     for trial in trials:
-        table.add_row(*trial_cells(trial))
+        table.add_row(*_cells(trial, gold=gold))
     return table
 
 
-def trial_cells(trial: TrialRecord) -> list[Text]:
+def _cells(trial: TrialRecord, *, gold: bool) -> list[Text]:
     last = trial.last
     best = trial.reports.get(trial.best_step)
-    verdict = last.verdict.headline if last else "inconclusive"
+    verdict = _verdict_word(last)
     step, total = last.step if last else 0, trial.config.training.stop_step
-    number = f"{trial.number}{'b' if trial.baseline else ''}"
+    accuracy = f"{best.metrics['eval/rewards/accuracy']:.3f}" if best else "-"
+    rewards = " > ".join(f"{value:.2f}" for value in gold_rewards(trial)) or "-"
     return [
-        Text(number), Text(trial.config.loss), Text(f"{trial.config.loss_params.get('beta', float('nan')):.3g}"),
-        Text(f"{trial.config.learning_rate:.2g}"), Text(f"{step}/{total}"),
-        Text(f"{trial.score:.4f}" if best else "-"), Text(str(trial.best_step) if best else "-"),
-        Text(f"{best.metrics['eval/rewards/accuracy']:.2f}" if best else "-"),
-        Text(_SHORT.get(verdict, verdict), style=_COLOURS.get(verdict, "")), Text(_SHORT.get(trial.state, trial.state)),
+        Text(f"{trial.number}{'b' if trial.baseline else ''}"), Text(trial.config.loss),
+        Text(f"{trial.config.loss_params['beta']:.3g}"), Text(f"{trial.config.learning_rate:.2g}"),
+        Text(f"{step}/{total}"), Text(f"{trial.score:.4f}" if best else "-"),
+        Text(str(trial.best_step) if best else "-"), Text(rewards if gold else accuracy),
+        Text(verdict, style=_COLOURS.get(verdict, "")), Text(_SHORT.get(trial.state, trial.state)),
     ]
+
+
+def _verdict_word(report: Report | None) -> str:
+    if report is None:
+        return "-"
+    headline = report.verdict.headline
+    if headline in ("healthy", "inconclusive") and "drift_limit" in report.verdict.flags:
+        return "drifted"
+    return _SHORT.get(headline, headline)
 
 
 class _EndLines:

@@ -85,23 +85,26 @@ def _path(cache: Path, key: ReferenceKey, part: PairTokens) -> Path:
 
 
 def _read(path: Path, part: PairTokens) -> np.ndarray | None:
-    """(N, 2) joined by row id, or None when the file does not hold exactly these rows (it is then rewritten)."""
+    """(N, 2) joined by row id, or None when the file is damaged or holds other rows (it is then rewritten)."""
     try:
-        stored = load_file(path)
-    except (OSError, SafetensorError) as error:
-        log.warning("%s cannot be read (%s); the reference pass is made again", path, error)
+        return _joined(load_file(path), part)
+    except (OSError, SafetensorError, ValueError) as error:
+        log.warning("%s is not usable (%s); the reference pass is made again", path, error)
         return None
-    if stored.keys() != {"row_ids", "logps"} or stored["logps"].shape != (len(stored["row_ids"]), 2):
-        return None
+
+
+def _joined(stored: dict[str, np.ndarray], part: PairTokens) -> np.ndarray:
+    """(N, 2) in the part's order. Raises ValueError unless the rows are exactly the part's and all finite."""
+    if stored.keys() != {"row_ids", "logps"} or stored["logps"].shape != (len(part), 2):
+        raise ValueError(f"it should hold row_ids and logps of {len(part)} pairs")
     order = np.argsort(stored["row_ids"], kind="stable")
-    wanted = np.searchsorted(stored["row_ids"][order], part.row_ids)
-    if len(order) != len(part) or (wanted >= len(order)).any():
-        return None
-    index = order[wanted]
+    index = order[np.searchsorted(stored["row_ids"][order], part.row_ids).clip(max=len(part) - 1)]
     if not np.array_equal(stored["row_ids"][index], part.row_ids):
-        return None
+        raise ValueError("its row ids are not those of the pairs")
     logps = stored["logps"][index]
-    return logps if np.isfinite(logps).all() else None
+    if not np.isfinite(logps).all():
+        raise ValueError("it holds values that are not finite")
+    return logps
 
 
 def _write(path: Path, part: PairTokens, logps: np.ndarray) -> None:

@@ -64,6 +64,7 @@ class Observer(Protocol):
 
 def run_sweep(spec: SweepSpec, observer: Observer) -> SweepRecord:
     """Run a new sweep to its answer, or until Ctrl-C (then some trials are paused)."""
+    _refuse_impossible(spec)
     prepared = prepare(spec, stage=observer.stage, device="cpu", threads=spec.resources.cpus_per_trial)
     sweep_id = secrets.token_hex(4)
     folder = spec.storage / f"{spec.name}-{sweep_id}"
@@ -139,16 +140,18 @@ def _run_trials(
         ),
     )
     failure: list[BaseException] = []
+    done = threading.Event()
 
     def fit() -> None:
         try:
             tuner.fit()
         except BaseException as error:  # noqa: BLE001 - handed to the main thread below
             failure.append(error)
+        finally:
+            done.set()
 
-    thread = threading.Thread(target=fit, name="tune", daemon=True)
-    thread.start()
-    _watch(thread, driver.sweep, observer=observer)
+    threading.Thread(target=fit, name="tune", daemon=True).start()
+    _watch(done, driver.sweep, observer=observer)
     if failure:
         raise failure[0]
     for trial in driver.sweep.trials.values():
@@ -156,11 +159,14 @@ def _run_trials(
             driver.failed(trial.trial_id, "its worker process could not be started or was lost")
 
 
-def _watch(thread: threading.Thread, sweep: SweepRecord, *, observer: Observer) -> None:
-    """Until Tune is done. The first Ctrl-C asks for a clean stop, the second is not held back."""
-    while thread.is_alive():
+def _watch(done: threading.Event, sweep: SweepRecord, *, observer: Observer) -> None:
+    """Until Tune is done. The first Ctrl-C asks for a clean stop, the second is not held back.
+
+    Waits for an event: a join that Ctrl-C interrupts makes Python 3.11 believe that the thread has ended.
+    """
+    while not done.is_set():
         try:
-            thread.join(WATCH_S)
+            done.wait(WATCH_S)
             observer.watch(sweep)
         except KeyboardInterrupt:
             if stop_requested(sweep.folder):
@@ -331,11 +337,24 @@ def _start_ray() -> None:
     ray.init(include_dashboard=False, log_to_driver=False, logging_level=logging.ERROR, configure_logging=True)
 
 
+def _refuse_impossible(spec: SweepSpec) -> None:
+    """Before anything is read or started, where trials will run on this machine. Raises ResourceError."""
+    if not ray.is_initialized() and not os.environ.get("RAY_ADDRESS"):
+        _reservation(spec, cpus=float(os.cpu_count() or 1), gpus=float(torch.cuda.device_count()))
+
+
 def _trial_resources(spec: SweepSpec) -> dict[str, float]:
-    """What one trial reserves. Raises ResourceError when no node can ever give it."""
+    """What one trial reserves on the largest node. Raises ResourceError."""
     nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
-    gpus = max((node.get("GPU", 0.0) for node in nodes), default=0.0)
-    cpus = max((node.get("CPU", 0.0) for node in nodes), default=0.0)
+    return _reservation(
+        spec,
+        cpus=max((node.get("CPU", 0.0) for node in nodes), default=0.0),
+        gpus=max((node.get("GPU", 0.0) for node in nodes), default=0.0),
+    )
+
+
+def _reservation(spec: SweepSpec, *, cpus: float, gpus: float) -> dict[str, float]:
+    """What one trial reserves on a node with so much. Raises ResourceError when that can never fit."""
     wanted = {"cpu": float(spec.resources.cpus_per_trial), "gpu": spec.resources.gpu_share(gpus_present=gpus > 0)}
     problems = []
     if wanted["cpu"] > cpus:
