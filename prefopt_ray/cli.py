@@ -75,6 +75,7 @@ def pairs(options: argparse.Namespace) -> int:
     from prefopt_ray.terminal import TerminalObserver, make_console
 
     spec = _load(options)
+    _quiet_libraries()
     with TerminalObserver(make_console(stderr=True)) as observer:
         prepared = prepare(spec, stage=observer.stage, device="cpu", threads=1)
     loaded = prepared.loaded
@@ -203,12 +204,11 @@ def train(options: argparse.Namespace) -> int:
             "use `prefopt run`, or the spec that `prefopt best SWEEP` prints",
         ))
     console = make_console(stderr=True)
+    _quiet_libraries()
     with TerminalObserver(console) as observer:
         worker, prepared = open_worker(spec, stage=observer.stage)
     ((loss, values),) = spec.grid()
-    config = spec.trial_config(
-        loss, values, train_pairs=prepared.train_pairs, max_tokens_hint=prepared.longest_tokens
-    )
+    config = prepared.trial_config(loss, values)
     folder = Path(options.output or spec.storage / f"{spec.name}-{config.digest()}")
     report = None
     for report in train_trial(config, worker, folder=folder):
@@ -232,6 +232,7 @@ def _sweep_with_terminal(work: Callable[[Any], "SweepRecord"], *, as_json: bool)
     from prefopt_ray.report import answer_json, answer_lines
     from prefopt_ray.terminal import TerminalObserver, make_console, trial_table
 
+    _quiet_libraries()
     console = make_console(stderr=as_json)
     with TerminalObserver(console) as observer:
         sweep = work(observer)
@@ -248,6 +249,13 @@ def _sweep_with_terminal(work: Callable[[Any], "SweepRecord"], *, as_json: bool)
     if as_json:
         print(json.dumps(answer_json(sweep, answer)))
     return 0 if answer.winner is not None else 1
+
+
+def _quiet_libraries() -> None:
+    """transformers draws a bar for every file it loads or saves; ours are enough."""
+    from transformers.utils import logging as transformers_logging
+
+    transformers_logging.disable_progress_bar()
 
 
 def _one_point_yaml(sweep: "SweepRecord") -> str:

@@ -121,7 +121,7 @@ class SweepRecord:
     @property
     def state_counts(self) -> str:
         """`5 completed, 7 stopped_early, 1 paused`."""
-        counts = Counter(trial.state for trial in self.trials.values())
+        counts = Counter(trial.state for trial in list(self.trials.values()))  # the driver may be adding one
         return ", ".join(f"{count} {state}" for state, count in counts.items()) or "none"
 
 

@@ -35,14 +35,14 @@ def sequence_batch(
     prompts: list[np.ndarray], completions: list[np.ndarray], *, pad_id: int, device: torch.device
 ) -> SequenceBatch:
     """(R, T) from R prompts and R completions. Raises ValueError when one of them is empty."""
-    if not all(len(p) and len(c) for p, c in zip(prompts, completions)):
+    if not all(len(p) and len(c) for p, c in zip(prompts, completions, strict=True)):
         raise ValueError("every prompt and every completion needs at least one token")
-    lengths = [len(p) + len(c) for p, c in zip(prompts, completions)]
+    lengths = [len(p) + len(c) for p, c in zip(prompts, completions, strict=True)]
     width = max(lengths)
     ids = np.full((len(prompts), width), pad_id, dtype=np.int64)
     mask = np.zeros((len(prompts), width), dtype=np.int64)
     positions, targets, rows = [], [], []
-    for row, (prompt, completion) in enumerate(zip(prompts, completions)):
+    for row, (prompt, completion) in enumerate(zip(prompts, completions, strict=True)):
         start = len(prompt)
         ids[row, :start], ids[row, start : lengths[row]] = prompt, completion
         mask[row, : lengths[row]] = 1

@@ -61,7 +61,10 @@ def load_model(source: ModelSource, *, device: torch.device, weights_dtype: str 
     _require_whole(model, source, missing=sorted(found["missing_keys"]))
     for adapter in source.adapters:
         model = _merge(model, adapter)
-    model = model.to(device=device, dtype=target).eval()
+    if source.adapters:
+        for parameter in model.parameters():  # not model.to(dtype): it rounds the rotary frequencies too, a buffer
+            parameter.data = parameter.data.to(target)
+    model = model.to(device=device).eval()
     return LoadedModel(model, source_digest(source, model), getattr(model.config, "_commit_hash", None))
 
 

@@ -23,7 +23,12 @@ from transformers import GenerationConfig, PreTrainedModel
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from prefopt_ray.engine.base import (
-    REFERENCE, ReferencedPairs, Samples, SteppedTrial, StepOutcome, pair_stats,
+    REFERENCE,
+    ReferencedPairs,
+    Samples,
+    StepOutcome,
+    SteppedTrial,
+    pair_stats,
 )
 from prefopt_ray.engine.batches import SequenceBatch, left_padded, pair_batch, ragged, scoring_order, sequence_batch
 from prefopt_ray.engine.head import completion_logps, divergence_sums
@@ -224,7 +229,8 @@ class PlainEngine:
 
     def _hidden(self, model: PreTrainedModel, batch: SequenceBatch) -> Tensor:
         decoder = self._decoder if model is self._model else model.get_decoder()
-        return decoder(input_ids=batch.input_ids, attention_mask=batch.attention_mask, use_cache=False).last_hidden_state
+        out = decoder(input_ids=batch.input_ids, attention_mask=batch.attention_mask, use_cache=False)
+        return out.last_hidden_state  # (R, T, d)
 
     def _head_of(self, model: PreTrainedModel) -> Callable[[Tensor], Tensor]:
         if model is self._model:
@@ -245,14 +251,16 @@ class PlainEngine:
             for start in range(0, len(sequences), rows)
         ]
         tokens = [part.completions[i] for part in parts for i in range(len(part.completions))]
-        joined = {name: np.concatenate([getattr(p, name) for p in parts]) for name in ("finished", "kl", "entropy", "positions")}
+        columns = ("finished", "kl", "entropy", "positions")
+        joined = {name: np.concatenate([getattr(part, name) for part in parts]) for name in columns}
         return Samples(completions=ragged(tokens), **joined)
 
     def _sample_part(self, slot: int, prompts: list[np.ndarray], *, max_new_tokens: int, seed: int) -> Samples:
         drawn = self._generate(slot, prompts, max_new_tokens=max_new_tokens, seed=seed)
         ends = [np.flatnonzero(np.isin(row, self._eos_ids)) for row in drawn]
         finished = np.array([len(end) > 0 for end in ends])
-        whole = [row[: end[0] + 1] if len(end) else row for row, end in zip(drawn, ends)]  # with the end token
+        # With the end token: whether to stop is a choice of the policy like any other.
+        whole = [row[: end[0] + 1] if len(end) else row for row, end in zip(drawn, ends, strict=True)]
         batch = sequence_batch(prompts, whole, pad_id=self._pad_id, device=self.device)
         with torch.inference_mode(), self._precision():
             with self._policy(slot) as model:
@@ -262,7 +270,7 @@ class PlainEngine:
             kl, entropy = divergence_sums(
                 policy, reference, batch, heads=(policy_head, reference_head), vocabulary=self._vocabulary
             )
-        bare = [row[:-1] if done else row for row, done in zip(whole, finished)]
+        bare = [row[:-1] if done else row for row, done in zip(whole, finished, strict=True)]
         return Samples(
             completions=ragged(bare), finished=finished,
             kl=kl.cpu().numpy().astype(np.float64), entropy=entropy.cpu().numpy().astype(np.float64),
@@ -319,7 +327,8 @@ class PlainEngine:
             self._model.save_pretrained(folder)
             return
         weights = get_peft_model_state_dict(self._peft, adapter_name=owned.adapter)
-        save_file({name: t.detach().cpu().contiguous() for name, t in weights.items()}, folder / "adapter_model.safetensors")
+        tensors = {name: t.detach().cpu().contiguous() for name, t in weights.items()}
+        save_file(tensors, folder / "adapter_model.safetensors")
         config = copy.copy(self._peft.peft_config[owned.adapter])
         config.inference_mode = True
         config.save_pretrained(folder)

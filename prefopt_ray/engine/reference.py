@@ -120,7 +120,8 @@ def _require_finite(logps: np.ndarray, part: PairTokens, *, part_name: str) -> N
     if len(bad):
         rows = ", ".join(str(int(part.row_ids[i])) for i in bad[:5])
         raise ModelError(Problem(
-            place=f"{part_name} part", key="model.reference", found=f"{len(bad)} pairs without a finite log-probability (rows {rows})",
+            place=f"{part_name} part", key="model.reference",
+            found=f"{len(bad)} pairs without a finite log-probability (rows {rows})",
             rule="the reference must give every completion a finite log-probability",
             fix="check that the model fits its tokenizer; with float16 weights use dtype bfloat16 or float32",
         ))

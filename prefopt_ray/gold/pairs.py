@@ -31,13 +31,13 @@ from prefopt_ray.gold.language import (
 
 SPLITS: tuple[str, ...] = ("train", "select", "test")
 
-_ROWS_VERSION = 1  # raise it when the rows of a base model change: their cache files carry it
+_ROWS_VERSION = 2  # raise it when the rows of a base model change: their cache files carry it
 _CHUNK_PROMPTS = 256  # fixed, so that fewer pairs are always the first of more pairs
 _PROMPT_SHARES = {"train": (0.0, 0.5), "select": (0.5, 0.75), "test": (0.75, 1.0)}
 
 
 def gold_rows(base: Path, *, split: str, pairs: int, seed: int = 0) -> list[dict[str, str]]:
-    """`pairs` rows of text {prompt, chosen, rejected}, such as "a c f b >", "d e a c f", "b b d k p".
+    """`pairs` rows of text {prompt, chosen, rejected}, such as "a c f b >", " d e a c f", " b b d k p".
 
     The same arguments give the same rows. Prompts are distinct within a split, and splits share none whatever the
     seeds. Both completions are finished, not empty and not equal. Cached in `base/rows/`. Raises DataError for an
@@ -95,7 +95,8 @@ def _pairs_of(
     tokens, lengths, finished = _sample(model, twice, generator=generator)
     rewards = gold_rewards(twice, tokens, lengths=lengths, finished=finished).reshape(-1, 2)  # (N, 2)
     first_wins = rng.random(len(prompts)) < 1.0 / (1.0 + np.exp(rewards[:, 1] - rewards[:, 0]))
-    texts = [" ".join(WORDS[token] for token in row[:length]) for row, length in zip(tokens, lengths)]
+    # With a space in front, as any text that follows a prompt.
+    texts = ["".join(f" {WORDS[token]}" for token in row[:length]) for row, length in zip(tokens, lengths)]
     rows = []
     for index, prompt in enumerate(prompts):
         first, second = texts[2 * index], texts[2 * index + 1]

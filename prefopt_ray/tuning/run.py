@@ -7,6 +7,7 @@ command that every trial sees between two steps; Tune's own handling would not c
 import logging
 import os
 import secrets
+import shutil
 import threading
 from collections.abc import Iterator
 from dataclasses import replace
@@ -21,7 +22,7 @@ from prefopt_ray import __version__
 from prefopt_ray.answer import TEST_FILE, Answer, find_answer, finalists, trial_folder
 from prefopt_ray.engine.base import ReferencedPairs
 from prefopt_ray.engine.reference import Progress, stored_parts
-from prefopt_ray.errors import Problem, ResourceError, SweepError
+from prefopt_ray.errors import InputError, PrefoptError, Problem, ResourceError, SweepError
 from prefopt_ray.ledger import Ledger, SweepRecord, TrialRecord, clear_stop, read_sweep, request_stop, stop_requested
 from prefopt_ray.pairs.tokens import SweepData
 from prefopt_ray.prepare import Prepared, WorkerBlueprint, cache_folder, prepare
@@ -33,9 +34,10 @@ from prefopt_ray.tracking.operations import DatasetInfo
 from prefopt_ray.tracking.runs import SweepIdentity, SweepSummary, SweepTracker, tracking_uri
 from prefopt_ray.train.checkpoints import Checkpoints
 from prefopt_ray.train.evaluations import EvaluationLog
+from prefopt_ray.trial import TrialConfig
 from prefopt_ray.tuning.driver import MAX_PROCESS_DEATHS, SweepDriver
 from prefopt_ray.tuning.rungs import FixedStops, NoStops, StopRule, SuccessiveHalving
-from prefopt_ray.tuning.seams import DriverScheduler, DriverSearcher
+from prefopt_ray.tuning.seams import DriverCallback, DriverScheduler, DriverSearcher
 from prefopt_ray.tuning.search import Listed, Point, Proposer, Tpe, listed_points
 from prefopt_ray.tuning.trainable import PreferenceTrainable
 
@@ -76,7 +78,12 @@ def run_sweep(spec: SweepSpec, observer: Observer) -> SweepRecord:
         "sweep", format=1, sweep_id=sweep_id, name=sweep.name, spec_hash=sweep.spec_hash, facts=sweep.facts
     )
     _write_drops(folder, prepared)
-    return _session(spec, prepared, sweep, ledger=ledger, observer=observer)
+    try:
+        return _session(spec, prepared, sweep, ledger=ledger, observer=observer)
+    except InputError:
+        if not sweep.trials:  # nothing was paid for: a wrong input leaves no empty sweep behind
+            shutil.rmtree(folder)
+        raise
 
 
 def resume_sweep(folder: Path, observer: Observer) -> SweepRecord:
@@ -96,10 +103,10 @@ def _session(
     resources = _trial_resources(spec)
     device = "cuda" if resources["gpu"] > 0 else "cpu"
     blueprint = replace(prepared.blueprint, device=device)
+    blueprint = _with_reference(blueprint, prepared.loaded.data, spec, resources=resources, observer=observer)
     tracker = _tracker(spec, sweep, ledger)
     tracker.start(dump_spec(spec), spec.to_dict(), _datasets(prepared))
     try:
-        blueprint = _with_reference(blueprint, prepared.loaded.data, spec, resources=resources, observer=observer)
         driver = _driver(spec, prepared, sweep, ledger=ledger, tracker=tracker)
         observer.started(sweep, spec, list(prepared.loaded.warnings))
         shared = ray.put(blueprint)  # once per node
@@ -134,7 +141,7 @@ def _run_trials(
             max_concurrent_trials=slots,
         ),
         run_config=tune.RunConfig(
-            name="tune", storage_path=str(driver.sweep.folder), verbose=0,
+            name="tune", storage_path=str(driver.sweep.folder), verbose=0, callbacks=[DriverCallback(driver)],
             failure_config=tune.FailureConfig(max_failures=MAX_PROCESS_DEATHS),
             checkpoint_config=tune.CheckpointConfig(checkpoint_at_end=False, checkpoint_frequency=0),
         ),
@@ -178,10 +185,8 @@ def _watch(done: threading.Event, sweep: SweepRecord, *, observer: Observer) -> 
 def _driver(
     spec: SweepSpec, prepared: Prepared, sweep: SweepRecord, *, ledger: Ledger, tracker: SweepTracker
 ) -> SweepDriver:
-    def make_config(point: Point) -> Any:
-        return spec.trial_config(
-            point.loss, point.values, train_pairs=prepared.train_pairs, max_tokens_hint=prepared.longest_tokens
-        )
+    def make_config(point: Point) -> TrialConfig:
+        return prepared.trial_config(point.loss, point.values)
 
     return SweepDriver(
         sweep, ledger=ledger, tracker=tracker, proposer=make_proposer(spec, sweep),
@@ -235,11 +240,21 @@ def _with_reference(
     progress = observer.stage("reference pass")
     task = _reference_pass.options(num_cpus=resources["cpu"], num_gpus=resources["gpu"])
     for reference in task.remote(blueprint, data, cache):
-        message = ray.get(reference)
+        message = _value(reference)
         if isinstance(message, dict):
             return replace(blueprint, parts=message)
         progress(*message)
     raise RuntimeError("the reference pass ended without a result")
+
+
+def _value(reference: ray.ObjectRef) -> Any:
+    """What a task gave; an error that a person should read arrives as itself, not wrapped in Ray's traceback."""
+    try:
+        return ray.get(reference)
+    except ray.exceptions.RayTaskError as error:
+        if isinstance(error.cause, PrefoptError):
+            raise error.cause from error
+        raise
 
 
 @ray.remote(num_returns="streaming", max_retries=0)
@@ -278,7 +293,7 @@ def _finish(
         progress = observer.stage("test part")
         task = _score_finalists.options(num_cpus=resources["cpu"], num_gpus=resources["gpu"])
         for number, reference in enumerate(task.remote(blueprint, sweep.folder, todo), start=1):
-            trial_id, step = ray.get(reference)
+            trial_id, step = _value(reference)
             sweep.tested[trial_id] = step
             ledger.append("tested", trial=trial_id, step=step)
             progress(number, len(todo))

@@ -1,12 +1,13 @@
-"""Where Ray Tune calls in: a searcher and a scheduler that only pass words to the SweepDriver.
+"""Where Ray Tune calls in: a searcher, a scheduler and a callback that only pass words to the SweepDriver.
 
-Tune pickles both into its own folder; ours pickle to nothing, since a sweep is rebuilt from the ledger
+Tune pickles them into its own folder; ours pickle to nothing, since a sweep is rebuilt from the ledger
 and Tune's state is never read back.
 """
 
 import json
 from typing import Any
 
+from ray import tune
 from ray.tune.experiment import Trial
 from ray.tune.schedulers import FIFOScheduler, TrialScheduler
 from ray.tune.search import Searcher
@@ -59,12 +60,18 @@ class DriverScheduler(FIFOScheduler):
         elif result.get("report") is not None:
             self._driver.take(trial_id, result["report"])
 
-    def on_trial_error(self, tune_controller: Any, trial: Trial) -> None:
-        self._driver.failed(trial.config["trial_id"], _death(trial))
+    def __reduce__(self) -> tuple[type, tuple]:
+        return _Absent, ()
 
-    def on_trial_remove(self, tune_controller: Any, trial: Trial) -> None:
-        if trial.status == Trial.ERROR:
-            self._driver.failed(trial.config["trial_id"], _death(trial))
+
+class DriverCallback(tune.Callback):
+    """Tells the driver of trials that Tune gives up. (The scheduler hears of every death, also of those retried.)"""
+
+    def __init__(self, driver: SweepDriver) -> None:
+        self._driver = driver
+
+    def on_trial_error(self, iteration: int, trials: list[Trial], trial: Trial, **info: Any) -> None:
+        self._driver.failed(trial.config["trial_id"], _death(trial))
 
     def __reduce__(self) -> tuple[type, tuple]:
         return _Absent, ()

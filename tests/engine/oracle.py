@@ -17,7 +17,7 @@ from transformers import PreTrainedModel
 from prefopt_ray.engine.base import REFERENCE, ReferencedPairs, StepOutcome
 from prefopt_ray.engine.plain import PlainEngine
 from prefopt_ray.losses.stats import PairStats
-from prefopt_ray.pairs.tokens import PairTokens, Ragged
+from prefopt_ray.pairs.tokens import PairTokens
 from prefopt_ray.trial import TrialConfig
 
 
@@ -118,10 +118,10 @@ def weights(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
 
 def assert_same_bits(first: dict[str, Tensor], second: dict[str, Tensor]) -> None:
     assert first.keys() == second.keys()
-    for name in first:
-        assert torch.equal(first[name], second[name]), name
+    for name, tensor in first.items():
+        assert torch.equal(tensor, second[name]), name
 
 
 def largest_difference(first: dict[str, Tensor], second: dict[str, Tensor]) -> float:
     assert first.keys() == second.keys()
-    return max(float((first[name] - second[name]).abs().max()) for name in first)
+    return max(float((tensor - second[name]).abs().max()) for name, tensor in first.items())

@@ -13,14 +13,26 @@ import numpy as np
 import pytest
 import torch
 from engine.oracle import (
-    HandTrial, assert_same_bits, largest_difference, referenced_pairs, slow_dpo_loss, slow_logps, stepped, weights,
+    HandTrial,
+    assert_same_bits,
+    largest_difference,
+    referenced_pairs,
+    slow_dpo_loss,
+    slow_logps,
+    stepped,
+    weights,
 )
 from peft import PeftModel
 from tiny import PLAN, VOCABULARY, random_pairs, tiny_engine, tiny_llama, trial_config
 from torch import Tensor
 from torch.nn.functional import softplus
 from transformers import (
-    AutoModelForCausalLM, GPT2Config, GradientCheckpointingLayer, LlamaConfig, OPTConfig, PreTrainedModel,
+    AutoModelForCausalLM,
+    GPT2Config,
+    GradientCheckpointingLayer,
+    LlamaConfig,
+    OPTConfig,
+    PreTrainedModel,
 )
 
 from prefopt_ray.engine.base import REFERENCE, Engine

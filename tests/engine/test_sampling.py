@@ -30,7 +30,8 @@ def same(first: Samples, second: Samples) -> bool:
     return all(
         np.array_equal(a, b)
         for a, b in [
-            (first.completions.values, second.completions.values), (first.completions.offsets, second.completions.offsets),
+            (first.completions.values, second.completions.values),
+            (first.completions.offsets, second.completions.offsets),
             (first.finished, second.finished), (first.kl, second.kl), (first.entropy, second.entropy),
         ]
     )

@@ -74,12 +74,14 @@ def evaluated_at(config: TrialConfig, *steps: int, samples: tuple[int, ...] = ()
 
 
 def short_config(adapter: str = "lora", **options: object) -> TrialConfig:
-    """Six steps, evaluated at 0, 1, 4 and 6, samples at 0 and 4, with every kind of state in play."""
+    """Six steps, evaluated at 0, 1, 4 and 6, samples at 4, with every kind of state in play."""
     config = trial_config(
         "simpo", params={"beta": 2.0, "gamma_ratio": 0.5}, adapter=adapter, steps=6, learning_rate=1e-2,
         micro_batch_pairs=3, schedule="cosine", warmup_steps=2, **options,
     )
-    return evaluated_at(config, 0, 1, 4, 6, samples=(0, 4))
+    # Any drift is flagged, so that the last verdict depends on samples drawn at an earlier evaluation.
+    config = replace(config, guards=replace(config.guards, drift_limit_per_token=1e-9))
+    return evaluated_at(config, 0, 1, 4, 6, samples=(4,))
 
 
 def all_finite(report: Report) -> bool:

@@ -2,7 +2,7 @@
 
 import json
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
 import pytest
@@ -103,9 +103,12 @@ def test_the_best_step_is_exported_whatever_came_after(adapter: str, tmp_path: P
     assert target.name == {"lora": "adapter", "none": "model"}[adapter]
     saved = tensors_of(tmp_path, best.step)
     (weights,) = target.glob("*.safetensors")
-    exported = load_file(weights)
-    wanted = sorted((t for n, t in saved.items() if n.startswith("weights/")), key=lambda t: (t.numel(), t.sum().item()))
-    got = sorted(exported.values(), key=lambda t: (t.numel(), t.sum().item()))
+
+    def in_some_order(tensors: Iterable[torch.Tensor]) -> list[torch.Tensor]:  # names differ by a prefix
+        return sorted(tensors, key=lambda tensor: (tensor.numel(), tensor.sum().item()))
+
+    wanted = in_some_order(tensor for name, tensor in saved.items() if name.startswith("weights/"))
+    got = in_some_order(load_file(weights).values())
     assert all(torch.equal(a, b) for a, b in zip(wanted, got, strict=True))
 
 

@@ -32,7 +32,7 @@ def card_config(card: LossCard, **options: object) -> TrialConfig:
 def test_every_loss_starts_at_one_and_margins_at_exactly_zero(card: LossCard, adapter: str) -> None:
     """Over parts of unequal batch shapes: rounding must not show as an accuracy off one half."""
     config = evaluated_at(card_config(card, adapter=adapter, steps=1), 0, 1)
-    start, end = run(config, tiny_worker(data=random_data(72, 30)))
+    start, end = run(config, tiny_worker(data=random_data(96, 32)))
     for part in ("eval", "probe"):
         for name in ("mean", "std", "p05", "p50", "p95"):
             assert start.metrics[f"{part}/h/{name}"] == 0.0

@@ -8,11 +8,16 @@ from pathlib import Path
 import pytest
 from tiny import tiny_worker
 from train.runs import (
-    assert_same_folders, assert_same_reports, interrupt_after, run, run_in_pieces, short_config,
+    assert_same_folders,
+    assert_same_reports,
+    interrupt_after,
+    run,
+    run_in_pieces,
+    short_config,
 )
 
 from prefopt_ray.errors import CheckpointError
-from prefopt_ray.train import Worker, train
+from prefopt_ray.train import TrialState, Worker, train
 from prefopt_ray.train.checkpoints import Checkpoints
 from prefopt_ray.trial import TrialConfig
 
@@ -58,7 +63,7 @@ def test_a_finished_trial_says_its_last_report_again_and_trains_no_more(uninterr
 def test_the_process_may_die_between_a_report_and_the_next_step(uninterrupted: tuple, tmp_path: Path) -> None:
     """Nothing is saved on the way out: what was reported is what is on disk."""
     config, folder, expected = uninterrupted
-    for reports_seen in (1, 2, 3):
+    for reports_seen in (1, 3):
         place = tmp_path / str(reports_seen)
         dying = train(config, tiny_worker(), folder=place)
         for _ in range(reports_seen):
@@ -136,6 +141,16 @@ def test_the_checkpoint_before_a_damaged_one_is_used_and_the_end_is_the_same(
     assert "step-00000004" in caplog.text and "using the checkpoint before it" in caplog.text
     assert_same_reports(reports, expected[1:])  # step 1's again, then 4 and 6
     assert_same_folders(place, folder)
+
+
+def test_evaluations_later_than_the_checkpoint_are_forgotten(
+    uninterrupted: tuple, cut_at_four: Path, tmp_path: Path
+) -> None:
+    """Else verdicts would read the evaluation at step 4 twice."""
+    place = shutil.copytree(cut_at_four, tmp_path / "damaged")
+    delete_the_manifest(place / "checkpoints" / "step-00000004")
+    trial = TrialState.open(uninterrupted[0], tiny_worker(), folder=place)
+    assert [record.step for record in trial._history.evaluations] == [0, 1]
 
 
 def test_when_every_checkpoint_is_damaged_the_trial_starts_again(

@@ -3,6 +3,7 @@
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
@@ -56,6 +57,12 @@ def test_the_best_so_far_is_the_first_of_the_highest_gains_after_step_zero() -> 
     assert reports[0].verdict.headline == "inconclusive"
     chosen = next(report for report in reports if report.step == reports[-1].best_step)
     assert reports[-1].verdict_at_best == chosen.verdict
+
+
+def test_of_equal_gains_the_earliest_is_the_best() -> None:
+    reports = run(evaluated_at(trial_config(steps=3, learning_rate=0.0), 0, 1, 2, 3))
+    assert {report.objective for report in reports[1:]} == {reports[1].objective}
+    assert [report.best_step for report in reports] == [-1, 1, 1, 1]
 
 
 def test_step_metrics_are_of_the_whole_batch_and_the_rate_is_the_one_used() -> None:
@@ -153,9 +160,9 @@ def test_dpo_pushes_the_rejected_completion_down_for_ever_whatever_beta() -> Non
     """Strictly, at every step; a smaller beta ends lower; and the first steps under Adam do not see beta."""
     ends, early = [], []
     for beta in (0.05, 0.1, 0.5, 1.0):
-        config = one_pair_config("sigmoid", beta, steps=60, learning_rate=3e-4, max_grad_norm=0.0)
+        config = one_pair_config("sigmoid", beta, steps=40, learning_rate=3e-4, max_grad_norm=0.0)
         rejected = trajectory(config, "logps/rejected")
-        assert all(later < before for before, later in zip(rejected, rejected[1:]))
+        assert all(later < before for before, later in pairwise(rejected))
         ends.append(rejected[-1])
         early.append(trajectory(replace_steps(config, 6), "h/mean")[-1])
     assert ends == sorted(ends)
@@ -167,7 +174,7 @@ def replace_steps(config: TrialConfig, steps: int) -> TrialConfig:
     return evaluated_at(replace(config, training=shorter), 0, 1, steps)
 
 
-@pytest.mark.parametrize("beta", [0.1, 0.5, 1.0])
+@pytest.mark.parametrize("beta", [0.1, 1.0])
 def test_ipo_stops_at_half_inverse_beta(beta: float) -> None:
     h = trajectory(one_pair_config("ipo_sum", beta, steps=150, learning_rate=1e-3, max_grad_norm=0.0), "h/mean")
     assert h[-1] == pytest.approx(1 / (2 * beta), abs=0.01)
