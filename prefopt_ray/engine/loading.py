@@ -115,10 +115,14 @@ def decoder_and_head(model: PreTrainedModel) -> tuple[nn.Module, Callable[[Tenso
 
 
 def _require_causal(model: PreTrainedModel, ids: Tensor, logits: Tensor) -> None:
-    """Raise ModelError when the last token's identity changes what is predicted before it."""
+    """Raise ModelError when another last token changes what is predicted before it.
+
+    At most places: in a mixture of experts it may change the rounding, and so the routing, at one or two.
+    """
     other = ids.clone()
     other[0, -1] = ids[0, 0]
-    if not _close(model(input_ids=other).logits[0, :-1], logits[:-1]):
+    change = (model(input_ids=other).logits[0] - logits).abs().amax(dim=-1)[:-1]  # (positions before the last,)
+    if (change > _rounding(logits)).float().mean() > 0.5:
         raise ModelError(_not_usable(model, "its predictions depend on later tokens, as an encoder's do"))
 
 
@@ -130,11 +134,12 @@ def _not_usable(model: PreTrainedModel, rule: str) -> Problem:
 
 
 def _close(logits: Tensor, expected: Tensor) -> bool:
-    """Equal but for rounding in the model's own precision."""
-    if logits.shape != expected.shape:
-        return False
-    limit = 8 * torch.finfo(expected.dtype).eps * expected.float().abs().max()
-    return bool((logits.float() - expected.float()).abs().max() <= limit)
+    return logits.shape == expected.shape and bool((logits - expected).abs().max() <= _rounding(expected))
+
+
+def _rounding(logits: Tensor) -> Tensor:
+    """What the model's own precision may change in its logits."""
+    return 8 * torch.finfo(logits.dtype).eps * logits.abs().max()
 
 
 def _tail_logits(model: PreTrainedModel, decoder: nn.Module, states: Tensor, *, kind: type[ModelOutput]) -> Tensor:
@@ -170,8 +175,8 @@ def _merge(model: PreTrainedModel, adapter: str) -> PreTrainedModel:
     if folder.is_dir() and not (folder / "adapter_model.safetensors").is_file():
         raise ModelError(_cannot_merge(adapter, f"adapter_model.safetensors is missing in {_listing(folder)}"))
     try:
-        adapted = PeftModel.from_pretrained(model, str(folder) if folder.is_dir() else adapter)
-        stored = load_peft_weights(str(folder) if folder.is_dir() else adapter, device="cpu")
+        place = str(folder) if folder.is_dir() else adapter
+        adapted, stored = PeftModel.from_pretrained(model, place), load_peft_weights(place, device="cpu")
     except (OSError, ValueError, KeyError, RuntimeError, TypeError, SafetensorError) as error:
         raise ModelError(_cannot_merge(adapter, _first_line(error))) from error
     # peft drops what has no place in the model and leaves the rest untrained, with a warning at most.
