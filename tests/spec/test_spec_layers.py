@@ -3,7 +3,7 @@
 from pathlib import Path
 
 import pytest
-from spec_examples import example, plain_spec
+from spec.spec_examples import example, plain_spec
 
 from prefopt_ray.errors import SpecError
 from prefopt_ray.spec import Choices, LogUniform, dump_spec, load_spec, parse_spec

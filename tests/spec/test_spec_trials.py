@@ -3,7 +3,7 @@
 import math
 
 import pytest
-from spec_examples import example, plain_spec
+from spec.spec_examples import example, plain_spec
 
 from prefopt_ray.errors import SpecError
 from prefopt_ray.losses.cards import CARDS

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from spec_examples import example, plain_spec
+from spec.spec_examples import example, plain_spec
 
 from prefopt_ray.errors import SpecError
 from prefopt_ray.losses.cards import CARDS

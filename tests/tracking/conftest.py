@@ -5,7 +5,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
-from mlflow_server import MlflowServer
+from tracking.mlflow_server import MlflowServer
 
 from prefopt_ray.tracking.delivery import TrackingSettings, prepare_environment
 from prefopt_ray.tracking.runs import SweepIdentity, SweepTracker

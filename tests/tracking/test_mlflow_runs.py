@@ -15,7 +15,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from mlflow import MlflowClient
 from mlflow.utils.validation import _validate_metric_name
-from tracking_cases import HEALTHY, report, runs, steps, trial_config
+from tracking.tracking_cases import HEALTHY, report, runs, steps, trial_config
 
 from prefopt_ray.tracking.delivery import TrackingSettings, artifact_location
 from prefopt_ray.tracking.journal import Journal

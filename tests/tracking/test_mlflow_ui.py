@@ -8,11 +8,11 @@ import urllib.error
 import urllib.request
 from collections.abc import Callable
 
-import browser
+from tracking import browser
 import pytest
 from mlflow import MlflowClient
-from mlflow_server import MlflowServer
-from tracking_cases import report, runs, steps, trial_config
+from tracking.mlflow_server import MlflowServer
+from tracking.tracking_cases import report, runs, steps, trial_config
 
 from prefopt_ray.errors import PrefoptError, ResourceError, SweepError
 from prefopt_ray.tracking.runs import SweepTracker
