@@ -13,7 +13,15 @@ import torch
 from transformers import AutoConfig, PreTrainedTokenizerBase
 
 from prefopt_ray.engine.base import ReferencedPairs
-from prefopt_ray.engine.loading import ModelSource, check_tokens_fit, load_model, load_tokenizer, source_digest
+from prefopt_ray.engine.loading import (
+    ModelSource,
+    check_length_fits,
+    check_tokens_fit,
+    load_model,
+    local_adapter,
+    load_tokenizer,
+    source_digest,
+)
 from prefopt_ray.engine.plain import PlainEngine
 from prefopt_ray.engine.reference import Progress, ReferenceKey, reference_parts, stored_parts
 from prefopt_ray.gold.base import ensure_gold_base
@@ -41,6 +49,7 @@ class WorkerBlueprint:
     pad_id: int
     eos_ids: tuple[int, ...]
     largest_id: int
+    longest_pair: int  # tokens
     probe_pairs: int
     sample_prompts: int
     gold: bool
@@ -70,6 +79,7 @@ class WorkerBlueprint:
         weights = "float32" if autocast else self.model.dtype
         model = load_model(self.model, device=device, weights_dtype=weights).model
         check_tokens_fit(model, load_tokenizer(self.model), largest_id=self.largest_id)
+        check_length_fits(model, longest=self.longest_pair)
         plan = ExecutionPlan(
             engine="plain", device=self.device, dtype=self.model.dtype,
             attention=str(model.config._attn_implementation), threads=self.threads,
@@ -96,7 +106,9 @@ class WorkerBlueprint:
 
     def reference_key(self) -> ReferenceKey:
         dtype = f"{self.model.dtype}{'/autocast' if self.full_finetuning else ''}"
-        return ReferenceKey(source_digest(self.reference or self.model), dtype, "default", self.device)
+        # Another number of threads adds up in another order, and step 0 would no longer equal the reference exactly.
+        device = f"cpu/{self.threads}" if self.device == "cpu" else self.device
+        return ReferenceKey(source_digest(self.reference or self.model), dtype, "default", device)
 
 
 @dataclass(frozen=True)
@@ -142,6 +154,7 @@ def prepare(spec: SweepSpec, *, stage: Stage, device: str, threads: int) -> Prep
         pad_id=loaded.data.pad_id,
         eos_ids=loaded.data.eos_ids,
         largest_id=loaded.max_token_id,
+        longest_pair=max(int(part.longest.max()) for part in loaded.data.parts.values()),
         probe_pairs=spec.eval.train_probe,
         sample_prompts=spec.samples.prompts,
         gold=spec.data.is_gold,
@@ -223,6 +236,8 @@ def _reference_source(spec: SweepSpec, policy: ModelSource) -> ModelSource | Non
 
 
 def _pinned(source: ModelSource) -> ModelSource:
+    """Hub ids at the commit they have now; adapters from the hub as the local folder they are downloaded to."""
+    source = replace(source, adapters=tuple(local_adapter(adapter) for adapter in source.adapters))
     if Path(source.model).expanduser().is_dir():
         return source
     load_tokenizer(source)  # names what is wrong with the id before anything else does

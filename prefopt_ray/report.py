@@ -26,6 +26,9 @@ def answer_lines(sweep: SweepRecord, answer: Answer) -> list[str]:
         lines += _test_lines(answer)
     lines += _gold_lines(answer)
     lines += [f"Note: {warning}." for warning in answer.warnings]
+    merged = sweep.facts.get("merged_adapters")
+    if merged:
+        lines.append(f"Note: its adapter belongs on {sweep.facts['model']} with {', '.join(merged)} merged into it first.")
     lines.append(f"Trials: {sweep.state_counts}.")
     return lines
 

@@ -8,6 +8,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
+import huggingface_hub
 import torch
 from safetensors import SafetensorError
 from torch import Tensor, nn
@@ -77,6 +78,29 @@ def check_tokens_fit(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase,
             rule=f"the model has embeddings for {rows} tokens, its tokenizer ({len(tokenizer)} tokens) has more",
             fix="use the tokenizer the model was trained with, or a model whose embeddings were resized",
         ))
+
+
+def check_length_fits(model: PreTrainedModel, *, longest: int) -> None:
+    """Raise ModelError when a pair is longer than the positions the model was made for."""
+    limit = getattr(model.config, "max_position_embeddings", None)
+    if limit is not None and longest > limit:
+        raise ModelError(Problem(
+            place=str(model.config._name_or_path), key="data.max_tokens", found=f"a pair of {longest} tokens",
+            rule=f"the model has {limit} positions", fix=f"set data.max_tokens to {limit} or less",
+        ))
+
+
+def local_adapter(place: str) -> str:
+    """An adapter's local folder: itself, or where the hub's files were downloaded to. Raises ModelError."""
+    if Path(place).expanduser().is_dir() or place.startswith((".", "/", "~")):
+        return place  # a missing folder is named when it is merged
+    try:
+        return huggingface_hub.snapshot_download(place, allow_patterns=["*.json", "*.safetensors"])
+    except (OSError, ValueError) as error:
+        raise ModelError(Problem(
+            place=place, key="adapter", found="", rule=f"the adapter cannot be downloaded: {_first_line(error)}",
+            fix="a hub id needs the network once (HF_TOKEN for private ones); or give a local folder",
+        )) from error
 
 
 def source_digest(source: ModelSource, model: PreTrainedModel | None = None) -> str:

@@ -138,6 +138,8 @@ class TrialState:
         if self.evaluation_due and self.running:
             metrics, objective = self._evaluate()
         verdict = self._judge()
+        if verdict.headline == "diverged":
+            objective = WORST  # a finite gain while the loss runs away is not a result
         self._reported_step = self._step
         if objective > self._best and self._step > 0:
             self._best, self._best_step, self._best_verdict = objective, self._step, verdict
@@ -161,14 +163,16 @@ class TrialState:
         return self.report()
 
     def save(self) -> None:
-        """Checkpoint now, and write the per-pair log; nothing without a folder or after divergence.
+        """Write the per-pair log and a checkpoint; nothing without a folder.
 
-        A diverged trial's weights are worth nothing and its last sound checkpoint is kept instead.
+        A diverged trial's weights are worth nothing: its last sound checkpoint is kept instead.
         """
-        if self._folder is None or self.end_state in (EndState.DIVERGED, EndState.OUT_OF_MEMORY):
+        if self._folder is None:
             return
         self._tick()
         self._log.save(self._folder / "evaluations.safetensors")
+        if self.end_state in (EndState.DIVERGED, EndState.OUT_OF_MEMORY):
+            return
         checkpoint = Checkpoint(self._step, self._worker.engine.state(self.slot), self.state())
         self._checkpoints.save(checkpoint, best_step=self._best_step)
 

@@ -426,6 +426,7 @@ def _facts(prepared: Prepared) -> dict[str, Any]:
         "drops": reasons,
         "model": prepared.blueprint.model.model,
         "revision": prepared.blueprint.model.revision,
+        "merged_adapters": list(prepared.blueprint.model.adapters),
         "warnings": list(loaded.warnings),
         "total_tokens": {name: int(part.longest.sum()) for name, part in loaded.data.parts.items()},
     }
