@@ -9,7 +9,7 @@ from pathlib import Path
 
 import numpy as np
 
-from prefopt_ray.ledger import SweepRecord, TrialRecord
+from prefopt_ray.ledger import SweepRecord, TrialRecord, drift_per_token
 from prefopt_ray.losses.cards import find_card
 from prefopt_ray.measures.compare import (
     Difference, GainInterval, gain_difference, gain_interval, indistinguishable, resolvable_gain_difference,
@@ -135,10 +135,7 @@ def _margins(sweep: SweepRecord, trial: TrialRecord, part: str) -> tuple[np.ndar
 
 def _drift(trial: TrialRecord) -> float:
     best = trial.reports.get(trial.best_step)
-    if best is None:
-        return float("inf")
-    sides = (best.metrics[f"eval/drift/{side}/per_token"] for side in ("chosen", "rejected"))
-    return sum(abs(side) for side in sides) / 2
+    return float("inf") if best is None else drift_per_token(best.metrics)
 
 
 def _warnings(standings: tuple[Standing, ...], winner: TrialRecord) -> tuple[str, ...]:

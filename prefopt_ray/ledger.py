@@ -140,21 +140,24 @@ def read_sweep(folder: Path) -> SweepRecord:
 
 
 def read_events(path: Path) -> Iterator[dict[str, Any]]:
-    """Events in order. A torn last line is skipped; any other unreadable line raises SweepError."""
-    lines = path.read_bytes().split(b"\n")
+    """Events in order. A last line without its end is torn and left out; other unreadable ones raise SweepError."""
+    *lines, torn = path.read_bytes().split(b"\n")
+    if torn:
+        log.warning("%s: the last line is torn and was left out", path)
     for number, line in enumerate(lines, start=1):
-        if not line:
-            continue
         try:
             yield json.loads(line)
         except ValueError as error:
-            if number == len(lines):
-                log.warning("%s: the last line is torn and was left out", path)
-                return
             raise SweepError(Problem(
                 place=f"{path}:{number}", key="", found=repr(line[:60]), rule="a ledger line must be JSON",
                 fix="restore the file from a backup; a line in the middle is never torn by a crash",
             )) from error
+
+
+def drift_per_token(metrics: Mapping[str, float]) -> float:
+    """How far an evaluation's policy is from the reference: mean over both sides of |mean log-ratio per token|, nats."""
+    sides = (metrics[f"eval/drift/{side}/per_token"] for side in ("chosen", "rejected"))
+    return sum(abs(side) for side in sides) / 2
 
 
 def request_stop(folder: Path) -> None:

@@ -152,6 +152,10 @@ class SweepTracker:
         )
         self._say_status(trial_id, _STATUS[end_state])
 
+    def has_ended(self, trial_id: str) -> bool:
+        """Whether the journal holds this trial's end."""
+        return self._said.status.get(trial_id) in ("FINISHED", "FAILED")
+
     def trial_paused(self, trial_id: str) -> None:
         """Stopped by the user, and may go on later."""
         self._say_new(trial_id, tags={"end_state": EndState.STOPPED_BY_USER.value})

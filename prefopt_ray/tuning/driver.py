@@ -10,7 +10,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from prefopt_ray.ledger import Ledger, SweepRecord, TrialRecord
+from prefopt_ray.ledger import Ledger, SweepRecord, TrialRecord, drift_per_token
 from prefopt_ray.tracking.runs import SweepTracker
 from prefopt_ray.trial import EndState, Report, TrialConfig
 from prefopt_ray.tuning.rungs import Arrival, StopRule
@@ -175,9 +175,9 @@ class SweepDriver:
                     self._rule.replay(self._arrival(trial, report))
             refused = next((d for d in trial.decisions if not d.keep), None)
             if trial.end_state is not None:
-                # The journal drops what it already holds, so this repairs a driver killed between the two.
-                self._track(trial)
-                self._track_end(trial)
+                if not self._tracker.has_ended(trial.trial_id):  # killed between ledger and journal
+                    self._track(trial)
+                    self._track_end(trial)
                 self._proposer.tell(self._points[trial.trial_id], trial.score)
             elif refused is not None:
                 self._track(trial)
@@ -215,8 +215,3 @@ def headline_values(trial: TrialRecord) -> Mapping[str, float]:
         values["onset_step"] = trial.last.verdict.onset_step
     values["nonfinite_steps"] = 1.0 if trial.end_state is EndState.DIVERGED and "non-finite" in trial.reason else 0.0
     return {name: value for name, value in values.items() if math.isfinite(value)}
-
-
-def drift_per_token(metrics: Mapping[str, float]) -> float:
-    """Mean |log-ratio| per token of chosen and rejected on the select part, nats."""
-    return (abs(metrics["eval/drift/chosen/per_token"]) + abs(metrics["eval/drift/rejected/per_token"])) / 2

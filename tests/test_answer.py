@@ -1,0 +1,79 @@
+"""The answer: who is first, by how much, and what is not claimed."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+from sweep_folder import margins, write_sweep
+
+from prefopt_ray.answer import find_answer, finalists
+from prefopt_ray.report import answer_json, answer_lines, leaderboard
+
+
+def test_a_clear_winner_is_named_with_its_margin_over_the_baseline(tmp_path: Path) -> None:
+    sweep = write_sweep(tmp_path, {"base": 0.2, "good": 1.0, "bad": 0.0})
+    answer = find_answer(sweep)
+    assert answer.winner.trial_id == "good" and answer.beats_baseline
+    assert answer.over_baseline.low > 0 and not answer.alike
+    assert answer_lines(sweep, answer)[0].startswith("Best: ")
+
+
+def test_equal_configurations_are_never_called_better(tmp_path: Path) -> None:
+    sweep = write_sweep(tmp_path, {"base": 0.500, "twin": 0.502})
+    answer = find_answer(sweep)
+    assert not answer.beats_baseline
+    assert {alike.trial.trial_id for alike in answer.alike} == {"base", "twin"} - {answer.winner.trial_id}
+    assert answer_lines(sweep, answer)[0].startswith("Nothing")
+
+
+def test_when_the_baseline_is_first_that_is_the_answer(tmp_path: Path) -> None:
+    sweep = write_sweep(tmp_path, {"base": 1.0, "worse": 0.1})
+    lines = answer_lines(sweep, find_answer(sweep))
+    assert lines[0].startswith("Nothing beats the baseline")
+    assert not any("Minus the baseline" in line for line in lines)
+
+
+def test_the_quoted_gain_is_of_the_test_part_and_the_difference_is_paired(tmp_path: Path) -> None:
+    sweep = write_sweep(tmp_path, {"base": 0.2, "good": 1.0}, pairs=500)
+    answer = find_answer(sweep)
+
+    def losses(strength: float) -> np.ndarray:
+        h = margins(strength, pairs=500, seed=2).astype(np.float32).astype(float)
+        scale = min(np.linspace(0, 20, 20_001), key=lambda a: np.logaddexp(0, -a * h).mean())
+        return np.logaddexp(0, -scale * h) / np.log(2)
+
+    good, base = losses(1.0), losses(0.2)
+    assert answer.test_gain.gain == pytest.approx(1 - good.mean(), abs=1e-6)
+    assert answer.over_baseline.mean == pytest.approx((base - good).mean(), abs=1e-6)
+    assert answer.over_baseline.se == pytest.approx((base - good).std(ddof=1) / np.sqrt(500), rel=1e-2)
+
+
+def test_without_a_test_pass_nothing_is_quoted_from_it(tmp_path: Path) -> None:
+    sweep = write_sweep(tmp_path, {"base": 0.2, "good": 1.0}, tested=False)
+    answer = find_answer(sweep)
+    assert answer.test_gain is None and "optimistic" in " ".join(answer_lines(sweep, answer))
+
+
+def test_no_valid_score_is_no_winner_but_every_row_stays(tmp_path: Path) -> None:
+    sweep = write_sweep(tmp_path, {"base": float("nan"), "also": float("nan")}, tested=False)
+    answer = find_answer(sweep)
+    assert answer.winner is None and len(leaderboard(answer)) == 2
+    assert answer_lines(sweep, answer)[0].startswith("No configuration")
+    assert finalists(sweep) == []
+
+
+def test_finalists_are_those_near_the_best_and_always_the_baseline(tmp_path: Path) -> None:
+    sweep = write_sweep(tmp_path, {"base": 0.0, "good": 1.0, "near": 0.99, "far": 0.1}, tested=False)
+    assert {trial.trial_id for trial in finalists(sweep)} == {"good", "near", "base"}
+
+
+def test_rank_is_by_score_then_drift_then_id(tmp_path: Path) -> None:
+    sweep = write_sweep(tmp_path, {"b": 0.5, "a": 0.5, "c": 0.9}, tested=False)  # b and a tie in score and drift
+    assert [s.trial.trial_id for s in find_answer(sweep).standings] == ["c", "a", "b"]
+
+
+def test_the_answer_is_json_even_when_nothing_is_known(tmp_path: Path) -> None:
+    import json
+
+    sweep = write_sweep(tmp_path, {"base": 0.2}, pairs=2)
+    json.loads(json.dumps(answer_json(sweep, find_answer(sweep)), allow_nan=False))
