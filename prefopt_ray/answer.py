@@ -12,13 +12,17 @@ import numpy as np
 from prefopt_ray.ledger import SweepRecord, TrialRecord, drift_per_token
 from prefopt_ray.losses.cards import find_card
 from prefopt_ray.measures.compare import (
-    Difference, GainInterval, gain_difference, gain_interval, indistinguishable, resolvable_gain_difference,
+    Difference, GainInterval, gain_difference, gain_interval, indistinguishable,
 )
 from prefopt_ray.measures.metrics import margins
 from prefopt_ray.train.evaluations import EvaluationLog
 
 EVALUATIONS_FILE, TEST_FILE = "evaluations.safetensors", "test.safetensors"
 MAX_FINALISTS = 16  # trials scored on the test part, baseline not counted
+# Two looks, at select to find the finalists and at test: 2.5 % each keeps the whole within 5 %.
+LOOK_CONFIDENCE = 0.975
+# A difference of (z(.975) + z(.8)) standard errors is seen four times in five.
+RESOLVED_ERRORS = 2.8
 
 
 @dataclass(frozen=True)
@@ -32,11 +36,16 @@ class Standing:
 
 @dataclass(frozen=True)
 class Alike:
-    """A configuration that cannot be told apart from the winner: gain(winner) - gain(it), bits per pair."""
+    """A configuration that is not shown to be worse than the winner: gain(winner) - gain(it), bits per pair."""
 
     trial: TrialRecord
     difference: Difference
     part: str  # test, or select where it was not scored on test
+
+    @property
+    def better(self) -> bool:
+        """It did better than the winner on pairs that did not choose the winner."""
+        return self.difference.high < 0
 
 
 @dataclass(frozen=True)
@@ -50,7 +59,7 @@ class Answer:
     baseline_gain: GainInterval | None = None
     over_baseline: Difference | None = None  # winner - baseline on test; None when the winner is the baseline
     alike: tuple[Alike, ...] = ()
-    resolvable: float | None = None  # the smallest difference of gains that the test part can show, bits per pair
+    resolvable: float | None = None  # a difference these pairs would show four times in five, bits per pair
     warnings: tuple[str, ...] = ()
 
     @property
@@ -65,11 +74,13 @@ def find_answer(sweep: SweepRecord) -> Answer:
     winner = valid[0] if valid else None
     if winner is None:
         return Answer(standings, None, sweep.baseline)
-    warnings = _warnings(standings, winner)
+    warnings = _warnings(sweep, standings, winner)
     if winner.trial_id not in sweep.tested:
         return Answer(standings, winner, sweep.baseline, warnings=warnings)
     won, groups = _margins(sweep, winner, "test")
     baseline = sweep.baseline
+    alike = _alike(sweep, winner, valid)
+    differences = _test_differences(sweep, winner, valid)
     tested_baseline = baseline is not None and baseline.trial_id in sweep.tested
     return Answer(
         standings, winner, baseline,
@@ -79,8 +90,8 @@ def find_answer(sweep: SweepRecord) -> Answer:
             gain_difference(won, _margins(sweep, baseline, "test")[0], groups)
             if tested_baseline and baseline is not winner else None
         ),
-        alike=_alike(sweep, winner, valid),
-        resolvable=resolvable_gain_difference(len(np.unique(groups))),
+        alike=alike,
+        resolvable=RESOLVED_ERRORS * float(np.median([d.se for d in differences])) if differences else None,
         warnings=warnings,
     )
 
@@ -122,7 +133,15 @@ def _indistinguishable(
     sweep: SweepRecord, winner: TrialRecord, others: list[TrialRecord], *, part: str
 ) -> dict[str, Difference]:
     won, groups = _margins(sweep, winner, part)
-    return indistinguishable(won, {t.trial_id: _margins(sweep, t, part)[0] for t in others}, groups)
+    margins_of = {t.trial_id: _margins(sweep, t, part)[0] for t in others}
+    return indistinguishable(won, margins_of, groups, confidence=LOOK_CONFIDENCE)
+
+
+def _test_differences(sweep: SweepRecord, winner: TrialRecord, valid: list[TrialRecord]) -> list[Difference]:
+    won, groups = _margins(sweep, winner, "test")
+    others = [t for t in valid if t is not winner and t.trial_id in sweep.tested]
+    found = [gain_difference(won, _margins(sweep, t, "test")[0], groups) for t in others]
+    return [difference for difference in found if np.isfinite(difference.se)]
 
 
 def _margins(sweep: SweepRecord, trial: TrialRecord, part: str) -> tuple[np.ndarray, np.ndarray]:
@@ -138,7 +157,7 @@ def _drift(trial: TrialRecord) -> float:
     return float("inf") if best is None else drift_per_token(best.metrics)
 
 
-def _warnings(standings: tuple[Standing, ...], winner: TrialRecord) -> tuple[str, ...]:
+def _warnings(sweep: SweepRecord, standings: tuple[Standing, ...], winner: TrialRecord) -> tuple[str, ...]:
     out = []
     valid = [s.trial for s in standings if s.trial.score >= 0]
     for key, name in (("eval/gain_sum", "summed log-ratios"), ("eval/gain_per_token", "per-token log-ratios")):
@@ -147,6 +166,8 @@ def _warnings(standings: tuple[Standing, ...], winner: TrialRecord) -> tuple[str
             out.append(f"judged by {name}, trial {best.trial_id} ({best.config.label}) would be first")
     if "drift_limit" in winner.last.verdict_at_best.flags:
         out.append("the best trial is beyond the drift limit at its best step; look at its samples before using it")
+    for trial_id, reason in sweep.untested.items():
+        out.append(f"trial {trial_id} could not be scored on test: {reason}")
     if winner.unopposed:
         out.append("the best trial passed a rung before any other trial was there")
     return tuple(out)

@@ -8,6 +8,7 @@ import argparse
 import json
 import logging
 import os
+import re
 import sys
 import threading
 from collections.abc import Callable, Sequence
@@ -68,13 +69,13 @@ def validate(options: argparse.Namespace) -> int:
 
 
 def pairs(options: argparse.Namespace) -> int:
+    spec = _load_to_run(options)
     from dataclasses import asdict
 
     from prefopt_ray.pairs.show import render_pairs, show_pairs
     from prefopt_ray.prepare import prepare
     from prefopt_ray.terminal import TerminalObserver, make_console
 
-    spec = _load(options)
     _quiet_libraries()
     with TerminalObserver(make_console(stderr=True)) as observer:
         prepared = prepare(spec, stage=observer.stage, device="cpu", threads=1)
@@ -97,9 +98,9 @@ def pairs(options: argparse.Namespace) -> int:
 
 
 def run(options: argparse.Namespace) -> int:
+    spec = _load_to_run(options)
     from prefopt_ray.tuning.run import run_sweep
 
-    spec = _load(options)
     return _sweep_with_terminal(lambda observer: run_sweep(spec, observer), as_json=options.json)
 
 
@@ -154,15 +155,22 @@ def list_sweeps(options: argparse.Namespace) -> int:
 
     storage = Path(options.storage or DEFAULT_STORAGE)
     folders = sorted(p.parent for p in storage.glob(f"*/{LEDGER_FILE}")) if storage.is_dir() else []
-    sweeps = [read_sweep(folder) for folder in folders]
+    sweeps, unreadable = [], []
+    for folder in folders:
+        try:
+            sweeps.append(read_sweep(folder))
+        except SweepError as error:  # one damaged folder hides no other
+            unreadable.extend(error.problems)
     if options.json:
         print(json.dumps([{"sweep": s.sweep_id, "name": s.name, "folder": str(s.folder), "finished": s.finished,
                            "trials": len(s.trials)} for s in sweeps]))
-        return 0
-    for sweep in sweeps:
-        print(f"{sweep.folder.name:<32} {'finished' if sweep.finished else 'open':<9} {sweep.state_counts}")
-    if not sweeps:
-        print(f"no sweeps in {storage}")
+    else:
+        for sweep in sweeps:
+            print(f"{sweep.folder.name:<32} {'finished' if sweep.finished else 'open':<9} {sweep.state_counts}")
+        if not folders:
+            print(f"no sweeps in {storage}")
+    if unreadable:
+        raise SweepError(*unreadable)
     return 0
 
 
@@ -176,7 +184,7 @@ def ui(options: argparse.Namespace) -> int:
     sweep, spec = read_sweep(folder), load_spec(folder / "spec.yaml")
     uri = tracking_uri(spec.tracking.mlflow, spec.storage)
     with serve_ui(uri, None, experiment=spec.experiment, sweep_id=sweep.sweep_id, port=options.port) as link:
-        print(link, flush=True)
+        print(json.dumps({"url": link}) if options.json else link, flush=True)
         if uri.startswith(("http://", "https://")):
             return 0
         print("serving on this machine only; Ctrl-C ends it", file=sys.stderr)
@@ -191,18 +199,20 @@ def ui(options: argparse.Namespace) -> int:
 
 
 def train(options: argparse.Namespace) -> int:
-    from prefopt_ray.prepare import open_worker
-    from prefopt_ray.report import report_line
-    from prefopt_ray.terminal import TerminalObserver, make_console
-    from prefopt_ray.train import train as train_trial
-    from prefopt_ray.train.export import export_best
-
-    spec = _load(options)
+    spec = _load_to_run(options)
     if not spec.is_one_point:
         raise SweepError(Problem(
             str(options.spec), "search", f"{spec.trial_count} configurations", "train takes a spec with exactly one",
             "use `prefopt run`, or the spec that `prefopt best SWEEP` prints",
         ))
+    if options.output is not None:
+        _require_folder("command line", "--output", Path(options.output))
+    from prefopt_ray.prepare import open_worker
+    from prefopt_ray.report import report_line
+    from prefopt_ray.terminal import TerminalObserver, make_console
+    from prefopt_ray.train import train as train_trial
+    from prefopt_ray.train.export import export, load_best
+
     console = make_console(stderr=True)
     _quiet_libraries()
     with TerminalObserver(console) as observer:
@@ -216,7 +226,9 @@ def train(options: argparse.Namespace) -> int:
     if report is None or report.best_step < 0:
         print(f"no valid evaluation: {report.reason if report else 'nothing was trained'}", file=sys.stderr)
         return 1
-    exported = export_best(config, worker, folder, best_step=report.best_step)
+    load_best(config, worker, folder, best_step=report.best_step)
+    exported = export(config, worker, folder)
+    prepared.tokenizer.save_pretrained(exported)
     if options.json:
         print(json.dumps({"folder": str(exported), **report.to_dict()}))
     else:
@@ -276,28 +288,66 @@ def _load(options: argparse.Namespace) -> "SweepSpec":
     return load_spec(Path(options.spec), overrides=options.set, storage=options.storage)
 
 
+def _load_to_run(options: argparse.Namespace) -> "SweepSpec":
+    """The spec, before anything heavy is imported. Raises SpecError and SweepError."""
+    spec = _load(options)
+    _require_folder("command line" if options.storage is not None else options.spec, "storage", spec.storage)
+    return spec
+
+
+def _require_folder(place: str, key: str, folder: Path) -> None:
+    """Refuse a folder that can never be written to before an hour of work wants to; nothing is created yet."""
+    try:
+        nearest = next(p for p in (folder.absolute(), *folder.absolute().parents) if p.exists())
+        rule = "" if nearest.is_dir() else f"{nearest} is a file" if nearest.is_file() else f"{nearest} is no folder"
+        if not rule and not os.access(nearest, os.W_OK | os.X_OK):
+            rule = f"{nearest} may not be written to"
+    except OSError as error:
+        rule = f"cannot be a folder: {error.strerror}"
+    if rule:
+        raise SweepError(Problem(place, key, repr(str(folder)[:200]), rule, "name a folder that you may write to"))
+
+
 def _sweep_folder(options: argparse.Namespace) -> Path:
     """A folder, or the name or id of a sweep in the storage folder. Raises SweepError."""
     from prefopt_ray.ledger import LEDGER_FILE
 
-    given = Path(options.sweep)
-    if (given / LEDGER_FILE).is_file():
-        return given.resolve()
-    storage = Path(options.storage or DEFAULT_STORAGE)
-    known = sorted(p.parent for p in storage.glob(f"*/{LEDGER_FILE}")) if storage.is_dir() else []
     wanted = options.sweep
+    storage = Path(options.storage or DEFAULT_STORAGE)
+    try:
+        if (Path(wanted) / LEDGER_FILE).is_file():
+            return Path(wanted).resolve()
+        known = sorted(p.parent for p in storage.glob(f"*/{LEDGER_FILE}")) if storage.is_dir() else []
+    except OSError as error:
+        rule = f"cannot be looked for: {error.strerror}"
+        raise SweepError(Problem("command line", "SWEEP", repr(wanted[:200]), rule, "see `prefopt list`")) from error
     found = [p for p in known if wanted in (p.name, p.name.rpartition("-")[0], p.name.rpartition("-")[2])]
-    if len(found) == 1:
-        return found[0].resolve()
-    names = ", ".join(p.name for p in (found or known)) or "none"
-    rule = "several sweeps have this name" if found else f"no such sweep in {storage}"
+    if found:
+        newest = max(found, key=lambda folder: (folder / LEDGER_FILE).stat().st_mtime)
+        if len(found) > 1:
+            print(f"{len(found)} sweeps are named {wanted}; taking the latest, {newest.name}", file=sys.stderr)
+        return newest.resolve()
+    names = ", ".join(p.name for p in known) or "none"
+    rule = f"no such sweep in {storage}"
     raise SweepError(Problem("command line", "SWEEP", repr(wanted), rule, f"sweeps there: {names}; or give --storage"))
 
 
 def _print_error(error: PrefoptError) -> None:
     lines = error.problems if isinstance(error, InputError) else (error,)
     for line in lines:
-        print(f"prefopt: {line}", file=sys.stderr)
+        print(f"prefopt: {_CONTROL.sub(lambda found: ascii(found.group())[1:-1], str(line))}", file=sys.stderr)
+
+
+_CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")  # what was found may hold a terminal's escape codes
+
+
+def _number(low: int, high: int) -> Callable[[str], int]:
+    def parse(text: str) -> int:
+        if not (text.isascii() and text.isdecimal() and len(text) < 16 and low <= int(text) <= high):
+            raise argparse.ArgumentTypeError(f"{text!r} is not a whole number from {low} to {high}")
+        return int(text)
+
+    return parse
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -333,7 +383,8 @@ def _parser() -> argparse.ArgumentParser:
     shown.add_argument("--reasons", action="store_true", help="why each trial ended")
     served = command("ui", ui, text="open a sweep in MLflow, served on this machine only", takes="sweep",
                      example="prefopt ui quickstart")
-    served.add_argument("--port", type=int, default=0, help="port on the loopback interface (default: a free one)")
+    served.add_argument("--port", type=_number(0, 65535), default=0,
+                        help="port on the loopback interface (default: a free one)")
     command("resume", resume, text="continue a sweep after Ctrl-C or a crash", takes="sweep",
             example="prefopt resume quickstart")
     checked = command("validate", validate, text="check a spec in about a second", takes="spec",
@@ -341,7 +392,7 @@ def _parser() -> argparse.ArgumentParser:
     checked.add_argument("--resolved", action="store_true", help="print the spec with every default filled in")
     looked = command("pairs", pairs, text="look at the pairs as they will be trained on", takes="spec",
                      example="prefopt pairs sweeps/quickstart.yaml --show 5")
-    looked.add_argument("--show", type=int, default=3, metavar="N", help="how many pairs (default 3)")
+    looked.add_argument("--show", type=_number(0, 10**9), default=3, metavar="N", help="how many pairs (default 3)")
     trained = command("train", train, text="train one configuration without Ray", takes="spec",
                       example="prefopt train best.yaml --output my-adapter")
     trained.add_argument("--output", metavar="DIR", help="folder for checkpoints and the adapter")

@@ -4,6 +4,7 @@ It is the one source for resume, status and answer. A torn last line (power loss
 read and cut off before the next append. Knows nothing of Ray or MLflow.
 """
 
+import fcntl
 import json
 import logging
 import os
@@ -13,7 +14,7 @@ from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 from prefopt_ray.errors import Problem, SweepError
 from prefopt_ray.trial import EndState, Report, TrialConfig
@@ -25,12 +26,16 @@ log = logging.getLogger(__name__)
 
 
 class Ledger:
-    """Append-only writer. One process writes, from any of its threads; any number read."""
+    """Append-only writer. One process writes, from any of its threads; any number read.
+
+    Raises SweepError when another process is writing.
+    """
 
     def __init__(self, path: Path) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
-        _cut_torn_line(path)
         self._file = path.open("a", encoding="utf-8")
+        _lock(self._file, path)
+        _cut_torn_line(path)
         self._lock = threading.Lock()
 
     def append(self, event: str, **fields: Any) -> None:
@@ -111,6 +116,7 @@ class SweepRecord:
     run_id: str | None = None  # MLflow parent run
     trials: dict[str, TrialRecord] = field(default_factory=dict)
     tested: dict[str, int] = field(default_factory=dict)  # trial -> step scored on the test part
+    untested: dict[str, str] = field(default_factory=dict)  # finalist -> why it could not be scored there
     finished: bool = False
 
     @property
@@ -126,7 +132,7 @@ class SweepRecord:
 
 
 def read_sweep(folder: Path) -> SweepRecord:
-    """Fold a sweep folder's ledger. Raises SweepError when there is none."""
+    """Fold a sweep folder's ledger. Raises SweepError when there is none, or for a line that is no event of ours."""
     path = folder / LEDGER_FILE
     if not path.is_file():
         raise SweepError(Problem(
@@ -134,8 +140,20 @@ def read_sweep(folder: Path) -> SweepRecord:
             fix="name a sweep from `prefopt list`, or the folder that `prefopt run` printed",
         ))
     record = SweepRecord(folder)
-    for event in read_events(path):
-        _fold(record, event)
+    for number, event in enumerate(read_events(path), start=1):
+        try:
+            _fold(record, event)
+        except (KeyError, TypeError, ValueError, AttributeError) as error:  # a key, a kind of value, a trial unknown
+            raise SweepError(Problem(
+                place=f"{path}:{number}", key="", found=_shown(json.dumps(event).encode()),
+                rule=f"this ledger line cannot be read ({type(error).__name__}: {error})",
+                fix="restore the file from a backup, or read it with the version of prefopt that wrote it",
+            )) from error
+    if not record.sweep_id:
+        raise SweepError(Problem(
+            place=str(path), key="", found="no line that begins a sweep", rule="this sweep ended before it began",
+            fix="remove its folder and run the spec again",
+        ))
     return record
 
 
@@ -149,7 +167,7 @@ def read_events(path: Path) -> Iterator[dict[str, Any]]:
             yield json.loads(line)
         except ValueError as error:
             raise SweepError(Problem(
-                place=f"{path}:{number}", key="", found=repr(line[:60]), rule="a ledger line must be JSON",
+                place=f"{path}:{number}", key="", found=_shown(line), rule="a ledger line must be JSON",
                 fix="restore the file from a backup; a line in the middle is never torn by a crash",
             )) from error
 
@@ -179,6 +197,11 @@ def _fold(sweep: SweepRecord, event: Mapping[str, Any]) -> None:
     kind = event["event"]
     trial = sweep.trials.get(event.get("trial", ""))
     if kind == "sweep":
+        if event["format"] > FORMAT:
+            raise SweepError(Problem(
+                place=str(sweep.folder / LEDGER_FILE), key="format", found=str(event["format"]),
+                rule=f"this version of prefopt reads ledgers up to format {FORMAT}", fix="update prefopt",
+            ))
         sweep.sweep_id, sweep.name, sweep.spec_hash = event["sweep_id"], event["name"], event["spec_hash"]
         sweep.facts = dict(event["facts"])
     elif kind == "trial":
@@ -204,8 +227,26 @@ def _fold(sweep: SweepRecord, event: Mapping[str, Any]) -> None:
         trial.paused = True
     elif kind == "tested":
         sweep.tested[event["trial"]] = event["step"]
+        sweep.untested.pop(event["trial"], None)
+    elif kind == "untested":
+        sweep.untested[event["trial"]] = event["reason"]
     elif kind == "finished":
         sweep.finished = True
+
+
+def _lock(file: TextIO, path: Path) -> None:
+    """Held until the file is closed or the process dies, however it dies."""
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError as error:
+        raise SweepError(Problem(
+            place=str(path), key="", found="another process is writing it", rule="a sweep has one driver at a time",
+            fix="wait for it, or stop it with Ctrl-C in its terminal",
+        )) from error
+
+
+def _shown(line: bytes) -> str:
+    return repr(line[:60].decode(errors="backslashreplace"))
 
 
 def _cut_torn_line(path: Path) -> None:

@@ -45,6 +45,8 @@ class WorkerBlueprint:
 
     model: ModelSource
     reference: ModelSource | None  # None: the policy at step 0
+    weights: str  # digest of the policy's weights, merged adapters included
+    reference_weights: str
     full_finetuning: bool
     pad_id: int
     eos_ids: tuple[int, ...]
@@ -77,7 +79,7 @@ class WorkerBlueprint:
         # Full fine-tuning in bfloat16 would round small updates away: float32 weights, bfloat16 arithmetic.
         autocast = torch.bfloat16 if self.full_finetuning and self.model.dtype == "bfloat16" else None
         weights = "float32" if autocast else self.model.dtype
-        model = load_model(self.model, device=device, weights_dtype=weights).model
+        model = load_model(self.model, device=device, weights_dtype=weights)
         check_tokens_fit(model, load_tokenizer(self.model), largest_id=self.largest_id)
         check_length_fits(model, longest=self.longest_pair)
         plan = ExecutionPlan(
@@ -89,7 +91,7 @@ class WorkerBlueprint:
         return PlainEngine(
             model, plan=plan, pad_id=self.pad_id, eos_ids=self.eos_ids, autocast=autocast,
             separate_reference=(
-                (lambda: load_model(other, device=device, weights_dtype=weights).model) if other else None
+                (lambda: load_model(other, device=device, weights_dtype=weights)) if other else None
             ),
         )
 
@@ -108,7 +110,7 @@ class WorkerBlueprint:
         dtype = f"{self.model.dtype}{'/autocast' if self.full_finetuning else ''}"
         # Another number of threads adds up in another order, and step 0 would no longer equal the reference exactly.
         device = f"cpu/{self.threads}" if self.device == "cpu" else self.device
-        return ReferenceKey(source_digest(self.reference or self.model), dtype, "default", device)
+        return ReferenceKey(self.reference_weights, dtype, "default", device)
 
 
 @dataclass(frozen=True)
@@ -147,9 +149,13 @@ def prepare(spec: SweepSpec, *, stage: Stage, device: str, threads: int) -> Prep
         pairs_config(spec, source), tokenizer, cache=cache_folder(spec) / "pairs", progress=stage("tokenising")
     )
     longest = int(loaded.data.train.longest.max())
+    reference = _reference_source(spec, source)
+    weights = source_digest(source)
     blueprint = WorkerBlueprint(
         model=source,
-        reference=_reference_source(spec, source),
+        reference=reference,
+        weights=weights,
+        reference_weights=source_digest(reference) if reference else weights,
         full_finetuning=spec.model.adapter.kind == "none",
         pad_id=loaded.data.pad_id,
         eos_ids=loaded.data.eos_ids,
@@ -162,7 +168,7 @@ def prepare(spec: SweepSpec, *, stage: Stage, device: str, threads: int) -> Prep
         device=device,
         micro_batch_pairs=_micro_batch(spec, len(loaded.data.train), longest),
     )
-    return Prepared(spec, blueprint, tokenizer, loaded)
+    return Prepared(_at_commit(spec, source), blueprint, tokenizer, loaded)
 
 
 def open_worker(spec: SweepSpec, *, stage: Stage | None = None) -> tuple[Worker, Prepared]:
@@ -243,6 +249,14 @@ def _pinned(source: ModelSource) -> ModelSource:
     load_tokenizer(source)  # names what is wrong with the id before anything else does
     commit = getattr(AutoConfig.from_pretrained(source.model, revision=source.revision), "_commit_hash", None)
     return replace(source, revision=commit or source.revision)
+
+
+def _at_commit(spec: SweepSpec, source: ModelSource) -> SweepSpec:
+    """The spec naming the hub commit that was read: stored, printed and resumed with it."""
+    if source.revision == spec.model.revision:
+        return spec
+    written = spec.to_dict()
+    return SweepSpec.from_dict({**written, "model": {**written["model"], "revision": source.revision}})
 
 
 def _micro_batch(spec: SweepSpec, train_pairs: int, longest: int) -> int:

@@ -3,12 +3,13 @@
 Every place that shows a trial (terminal, MLflow, JSON) shows the fields made here.
 """
 
+import math
 from collections.abc import Mapping
 from typing import Any
 
 from prefopt_ray.answer import Alike, Answer, Standing
 from prefopt_ray.ledger import SweepRecord, TrialRecord
-from prefopt_ray.measures.compare import Difference
+from prefopt_ray.measures.compare import Difference, GainInterval
 from prefopt_ray.trial import Report
 
 OVER_OPTIMISED_BY = 0.5  # gold reward; the standard error of a mean over 128 samples is about .12
@@ -49,17 +50,18 @@ def answer_json(sweep: SweepRecord, answer: Answer) -> dict[str, Any]:
         "best": None if winner is None else {
             **_row(next(s for s in answer.standings if s.trial is winner)),
             "total_steps": winner.config.training.total_steps,
-            "test_gain": answer.test_gain and vars(answer.test_gain),
-            "baseline_test_gain": answer.baseline_gain and vars(answer.baseline_gain),
-            "minus_baseline": answer.over_baseline and vars(answer.over_baseline),
+            "test_gain": _numbers(answer.test_gain),
+            "baseline_test_gain": _numbers(answer.baseline_gain),
+            "minus_baseline": _numbers(answer.over_baseline),
             "beats_baseline": answer.beats_baseline,
             "training_seeds": 1,
         },
         "cannot_be_told_apart": [
             {"trial": a.trial.trial_id, "configuration": a.trial.config.label, "stop_step": a.trial.best_step,
-             "best_minus_this": vars(a.difference), "part": a.part}
-            for a in answer.alike
+             "best_minus_this": _numbers(a.difference), "part": a.part}
+            for a in answer.alike if not a.better
         ],
+        "better_on_test": [a.trial.trial_id for a in answer.alike if a.better],
         "resolvable_difference": answer.resolvable,
         "warnings": list(answer.warnings),
         "trials": leaderboard(answer),
@@ -78,9 +80,21 @@ def report_line(report: Report) -> str:
     return f"step {report.step:>5}  {measured}{gold}  {report.verdict.headline}{end}"
 
 
+def _numbers(interval: Difference | GainInterval | None) -> dict[str, float | int | None] | None:
+    """JSON knows no infinity: a bound that is not known is null."""
+    if interval is None:
+        return None
+    return {name: value if math.isfinite(value) else None for name, value in vars(interval).items()}
+
+
 def _headline(answer: Answer) -> str:
     winner = answer.winner
+    better = [alike.trial.trial_id for alike in answer.alike if alike.better]
     where = f"{winner.config.label}, stopped at step {winner.best_step} of {winner.config.training.total_steps}"
+    if len(answer.standings) == 1:
+        return f"Trained: {where}."
+    if better:
+        return f"No clear best: first in rank is {where}, but on test {', '.join(better)} did better."
     if winner.baseline:
         return f"Nothing beats the baseline: {where}."
     if answer.over_baseline is not None and not answer.beats_baseline:
@@ -99,13 +113,15 @@ def _test_lines(answer: Answer) -> list[str]:
                      f"{_signed(answer.over_baseline)}; {_verdict_on(answer.over_baseline)}.")
     elif answer.winner is not answer.baseline:
         lines.append("The baseline has no valid score to compare with.")
-    if answer.alike:
-        lines.append(f"Cannot be told apart from it with these pairs ({len(answer.alike)}):")
-        lines += [f"  {_alike_line(alike)}" for alike in answer.alike]
-    else:
-        lines.append("Every other configuration can be told apart from it.")
-    lines.append(f"These pairs resolve differences of about {answer.resolvable:.4f} and more. "
-                 "All of this is for this training seed.")
+    lines += [f"Better than it on test: {_alike_line(alike)}." for alike in answer.alike if alike.better]
+    alike = [alike for alike in answer.alike if not alike.better]
+    if alike:
+        lines.append(f"Cannot be told apart from it with these pairs ({len(alike)}):")
+        lines += [f"  {_alike_line(one)}" for one in alike]
+    elif len(answer.standings) > 1 and not answer.alike:
+        lines.append("Every other configuration is worse, beyond chance.")
+    resolved = "" if answer.resolvable is None else f"These pairs show a difference of {answer.resolvable:.4f} four times in five. "
+    lines.append(f"{resolved}All of this is for this training seed.")
     return lines
 
 
@@ -113,11 +129,12 @@ def _gold_lines(answer: Answer) -> list[str]:
     """Where the true reward is known: whether gain chose well, and who over-optimised."""
     if not gold_rewards(answer.winner):
         return []
-    start = answer.winner.reports[0].metrics.get("gold/reward")
+    start = answer.winner.reports[0].metrics.get("gold/reward") if 0 in answer.winner.reports else None
+    base = "" if start is None else f"; the base model has {start:.2f}"
     known = {s.trial.trial_id: gold_rewards(s.trial) for s in answer.standings}
     known = {name: rewards for name, rewards in known.items() if rewards}
     fell = {name: rewards for name, rewards in known.items() if rewards[1] < rewards[0] - OVER_OPTIMISED_BY}
-    line = f"The truth, for once known (gold reward; the base model has {start:.2f}): {known[answer.winner.trial_id][0]:.2f} "
+    line = f"The truth, for once known (gold reward{base}): {known[answer.winner.trial_id][0]:.2f} "
     line += f"for the best; the highest of all trials at their best steps is {max(r[0] for r in known.values()):.2f}."
     if not fell:
         return [line]
@@ -163,6 +180,7 @@ def _row(standing: Standing) -> dict[str, str | float | int | None]:
         "rank": standing.rank,
         "trial": trial.trial_id,
         "baseline": "baseline" if trial.baseline else "",
+        "unopposed": "unopposed" if trial.unopposed else "",
         "loss": trial.config.loss,
         **trial.values,
         "end_state": trial.state,

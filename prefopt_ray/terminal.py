@@ -112,12 +112,16 @@ def trial_table(trials: list[TrialRecord], *, title: str = "") -> Table:
     """
     gold = any(gold_rewards(trial) for trial in trials)
     table = Table(title=title, title_justify="left", box=None, padding=(0, 1, 0, 0), pad_edge=False)
-    measured = ("gold: at > end", "right", 14) if gold else ("acc", "right", 5)
-    for name, justify, width in (
-        ("#", "right", 4), ("loss", "left", 8), ("beta", "right", 7), ("lr", "right", 7), ("step", "right", 7),
-        ("best", "right", 6), ("at", "right", 4), measured, ("verdict", "left", 9), ("state", "left", 9),
-    ):
-        table.add_column(name, justify=justify, max_width=width, no_wrap=True, overflow="crop")
+    # Words may be cut where the line is too long; a number with a digit missing would be another number.
+    words = {"loss": 8, "verdict": 9, "state": 9}
+    for name in ("#", "loss", "beta", "lr", "step", "best", "at", "gold at>end" if gold else "acc", "verdict", "state"):
+        if name in words:
+            table.add_column(name, max_width=words[name], no_wrap=True, overflow="crop")
+        else:
+            table.add_column(name, justify="right", no_wrap=True)
+    if any(trial.unopposed for trial in trials):
+        table.caption = "* passed a rung before any other trial was there"
+        table.caption_justify = "left"
     for trial in trials:
         table.add_row(*_cells(trial, gold=gold))
     return table
@@ -127,16 +131,22 @@ def _cells(trial: TrialRecord, *, gold: bool) -> list[Text]:
     last = trial.last
     best = trial.reports.get(trial.best_step)
     verdict = _verdict_word(last)
-    step, total = last.step if last else 0, trial.config.training.stop_step
     accuracy = f"{best.metrics['eval/rewards/accuracy']:.3f}" if best else "-"
-    rewards = " > ".join(f"{value:.2f}" for value in gold_rewards(trial)) or "-"
+    rewards = ">".join(f"{value:.2f}" for value in gold_rewards(trial)) or "-"
+    mark = "b" if trial.baseline else "*" if trial.unopposed else ""
     return [
-        Text(f"{trial.number}{'b' if trial.baseline else ''}"), Text(trial.config.loss),
-        Text(f"{trial.config.loss_params['beta']:.3g}"), Text(f"{trial.config.learning_rate:.2g}"),
-        Text(f"{step}/{total}"), Text(f"{trial.score:.4f}" if best else "-"),
+        Text(f"{trial.number}{mark}"), Text(trial.config.loss),
+        Text(f"{trial.config.loss_params['beta']:.3g}"), Text(short_rate(trial.config.learning_rate)),
+        Text(str(last.step if last else 0)), Text(f"{trial.score:.4f}" if best else "-"),
         Text(str(trial.best_step) if best else "-"), Text(rewards if gold else accuracy),
         Text(verdict, style=_COLOURS.get(verdict, "")), Text(_SHORT.get(trial.state, trial.state)),
     ]
+
+
+def short_rate(rate: float) -> str:
+    """5e-6, 3.5e-4: two digits and never more than six characters."""
+    digits, exponent = f"{rate:.1e}".split("e")
+    return f"{digits.removesuffix('.0')}e{int(exponent)}"
 
 
 def _verdict_word(report: Report | None) -> str:

@@ -191,6 +191,7 @@ class Report:
     end_state: EndState | None = None
     reason: str = ""  # why it ended, one line
     seconds: float = 0.0  # training and evaluation time of this trial so far
+    nonfinite: int = 0  # steps and evaluations that gave a NaN or infinity; the first one ends the trial
 
     def to_dict(self) -> dict[str, Any]:
         """JSON-ready, without the per-step points."""

@@ -3,7 +3,6 @@ float32, and a content digest that names exactly what was loaded. Loading errors
 """
 
 import hashlib
-import json
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -30,23 +29,16 @@ class ModelSource:
     dtype: str = "bfloat16"
 
 
-@dataclass(frozen=True)
-class LoadedModel:
-    model: PreTrainedModel  # evaluation mode, no dropout
-    digest: str  # over weights, configuration and merged adapters
-    commit: str | None  # of the hub repository, where it came from there
-
-
 def load_tokenizer(source: ModelSource) -> PreTrainedTokenizerBase:
     """The model's own tokenizer. Raises ModelError."""
     try:
         return AutoTokenizer.from_pretrained(source.model, revision=source.revision)
-    except (OSError, ValueError, KeyError, json.JSONDecodeError) as error:
+    except Exception as error:  # a damaged file raises whatever its content led to; the cause is kept
         raise ModelError(_cannot_load("tokenizer", source, error)) from error
 
 
-def load_model(source: ModelSource, *, device: torch.device, weights_dtype: str | None = None) -> LoadedModel:
-    """The model with its adapters merged in float32, cast to `weights_dtype` (default: the source's dtype).
+def load_model(source: ModelSource, *, device: torch.device, weights_dtype: str | None = None) -> PreTrainedModel:
+    """The model, in evaluation mode, with its adapters merged in float32, cast to `weights_dtype` (default: the source's dtype).
 
     Raises ModelError when the folder or hub id cannot be read, is no causal LM, lacks weights, or an adapter
     does not fit.
@@ -57,7 +49,7 @@ def load_model(source: ModelSource, *, device: torch.device, weights_dtype: str 
         model, found = AutoModelForCausalLM.from_pretrained(
             source.model, revision=source.revision, dtype=first, use_safetensors=True, output_loading_info=True
         )
-    except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
+    except Exception as error:  # as above; configurations are checked by classes of their own
         raise ModelError(_cannot_load("model", source, error)) from error
     _require_whole(model, source, missing=sorted(found["missing_keys"]))
     for adapter in source.adapters:
@@ -65,8 +57,7 @@ def load_model(source: ModelSource, *, device: torch.device, weights_dtype: str 
     if source.adapters:
         for parameter in model.parameters():  # not model.to(dtype): it rounds the rotary frequencies too, a buffer
             parameter.data = parameter.data.to(target)
-    model = model.to(device=device).eval()
-    return LoadedModel(model, source_digest(source, model), getattr(model.config, "_commit_hash", None))
+    return model.to(device=device).eval()
 
 
 def check_tokens_fit(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, *, largest_id: int) -> None:
@@ -103,11 +94,11 @@ def local_adapter(place: str) -> str:
         )) from error
 
 
-def source_digest(source: ModelSource, model: PreTrainedModel | None = None) -> str:
-    """Names the weights: the hub commit, or a hash of every weight file of a local folder; and each adapter's."""
+def source_digest(source: ModelSource) -> str:
+    """Names the weights: a hub id at its commit, or a hash of every weight file of a local folder; and each adapter's."""
     digest = hashlib.sha256()
     for place in (source.model, *source.adapters):
-        digest.update(_place_digest(place, source.revision if place == source.model else None, model).encode())
+        digest.update(_place_digest(place, source.revision if place == source.model else None).encode())
     return digest.hexdigest()[:32]
 
 
@@ -228,6 +219,8 @@ def _cannot_load(what: str, source: ModelSource, error: Exception) -> Problem:
 
 def _loading_fix(source: ModelSource) -> str:
     folder = Path(source.model).expanduser()
+    if "://" in source.model:
+        return "a hub model is named by its id, such as org/model"
     if not folder.is_dir():
         return "a hub id needs the network once (HF_TOKEN for gated models) or a filled cache; or give a local folder"
     if list(folder.glob("*.bin")) and not list(folder.glob("*.safetensors")):
@@ -244,15 +237,14 @@ def _listing(folder: Path) -> str:
 def _architecture(folder: Path) -> str:
     try:
         return f"config.json says {AutoConfig.from_pretrained(folder).model_type!r}"
-    except (OSError, ValueError, KeyError, json.JSONDecodeError):
+    except Exception:  # noqa: BLE001 - only for the words of an error that is being raised
         return "config.json cannot be read"
 
 
-def _place_digest(place: str, revision: str | None, model: PreTrainedModel | None) -> str:
+def _place_digest(place: str, revision: str | None) -> str:
     folder = Path(place).expanduser()
     if not folder.is_dir():
-        commit = getattr(model.config, "_commit_hash", None) if model is not None else None
-        return f"{place}@{commit or revision}"
+        return f"{place}@{revision}"
     digest = hashlib.sha256()
     for path in sorted(folder.iterdir()):
         if path.suffix in (".safetensors", ".json"):
@@ -263,5 +255,7 @@ def _place_digest(place: str, revision: str | None, model: PreTrainedModel | Non
 
 
 def _first_line(error: Exception) -> str:
-    text = str(error).strip().splitlines()
-    return text[0] if text else type(error).__name__
+    text = str(error).strip().splitlines() or [type(error).__name__]
+    if isinstance(error, KeyError):
+        return f"no entry {text[0]}"
+    return " ".join(line.strip() for line in text[: 2 if text[0].rstrip().endswith(":") else 1])

@@ -239,6 +239,11 @@ class PlainEngine:
             self._reference_head = decoder_and_head(model)[1]
         return self._reference_head
 
+    def _logits(self, slot: int, states: Tensor) -> Tensor:
+        """(n, V) under a slot's own head: an adapter may sit on it too."""
+        with self._policy(slot) as model:
+            return self._head_of(model)(states)
+
     def _precision(self) -> torch.autocast | nullcontext:
         return torch.autocast(self.device.type, self._autocast) if self._autocast else nullcontext()
 
@@ -264,12 +269,11 @@ class PlainEngine:
         batch = sequence_batch(prompts, whole, pad_id=self._pad_id, device=self.device)
         with torch.inference_mode(), self._precision():
             with self._policy(slot) as model:
-                policy, policy_head = self._hidden(model, batch), self._head_of(model)
+                policy = self._hidden(model, batch)
             with self._policy(REFERENCE) as model:
-                reference, reference_head = self._hidden(model, batch), self._head_of(model)
-            kl, entropy = divergence_sums(
-                policy, reference, batch, heads=(policy_head, reference_head), vocabulary=self._vocabulary
-            )
+                reference = self._hidden(model, batch)
+            heads = (partial(self._logits, slot), partial(self._logits, REFERENCE))
+            kl, entropy = divergence_sums(policy, reference, batch, heads=heads, vocabulary=self._vocabulary)
         bare = [row[:-1] if done else row for row, done in zip(whole, finished, strict=True)]
         return Samples(
             completions=ragged(bare), finished=finished,
@@ -331,6 +335,7 @@ class PlainEngine:
         save_file(tensors, folder / "adapter_model.safetensors")
         config = copy.copy(self._peft.peft_config[owned.adapter])
         config.inference_mode = True
+        config.base_model_name_or_path = self._model.config._name_or_path  # peft sets it for its first adapter only
         config.save_pretrained(folder)
 
 

@@ -7,18 +7,11 @@ errors over pairs, for the training seeds at hand: nothing here knows how anothe
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
-from statistics import NormalDist
 
 import numpy as np
 
 from prefopt_ray.measures.clustered import clustered_mean, student_quantile
 from prefopt_ray.measures.gain import LN2, calibrated_gain, calibrated_losses
-
-# Assumed, not measured: spread of the paired per-pair difference of calibrated losses between two evaluations,
-# .09 nats (.13 bits), as if their paired SE at 512 pairs were .004 nats. Configurations that differ more have a
-# larger one, so a difference computed from it is the least that can be resolved.
-TYPICAL_PAIR_SD = 0.13
-
 
 @dataclass(frozen=True)
 class Difference:
@@ -96,19 +89,6 @@ def indistinguishable(
         name: gain_difference(best, margins, groups, confidence=1 - 2 * error) for name, margins in others.items()
     }
     return {name: difference for name, difference in compared.items() if not difference.low > 0}
-
-
-def resolvable_gain_difference(
-    n: int, *, pair_sd: float = TYPICAL_PAIR_SD, confidence: float = 0.95, power: float = 0.8
-) -> float:
-    """The smallest difference of gains (bits per pair) that n independent pairs show with `power`.
-
-    (z_confidence + z_power) x pair_sd / sqrt(n); `pair_sd` in bits. Count prompts, not pairs, when they differ.
-    """
-    if n < 1:
-        raise ValueError(f"n must be >= 1, got {n}")
-    normal = NormalDist()
-    return (normal.inv_cdf((1 + confidence) / 2) + normal.inv_cdf(power)) * pair_sd / math.sqrt(n)
 
 
 def _loss_bits(margins: np.ndarray) -> np.ndarray:

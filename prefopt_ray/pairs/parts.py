@@ -145,7 +145,9 @@ def _fix_for(drops: Sequence[Drop]) -> str:
                "conversations begin with, say `columns: {prompt: chosen}`"
     if reasons[DropReason.IDENTICAL_AFTER_CUT]:
         return "raise max_tokens"
-    return ""
+    if reasons[DropReason.END_INSIDE]:
+        return "the texts hold the template's own marks; use texts without them, or `text: plain`"
+    return "are these the right columns? name them: `columns: {prompt: NAME, chosen: NAME, rejected: NAME}`"
 
 
 def _draw(seed: int, part: str, group: str) -> bytes:

@@ -48,6 +48,9 @@ def open_source(config: SourceConfig) -> Source:
     """Raises DataError when the source does not exist or cannot be fetched; `read` raises it for damage."""
     if config.rows is not None:
         return _open_ready_rows(config)
+    if "://" in config.source:
+        raise DataError(Problem(config.source, "", "a link", "data is read from the hub or from local files",
+                                "download it and name the file; a hub set is named by its id, such as org/pairs"))
     path = Path(config.source).expanduser()
     if path.is_file():
         _refuse_folder_keys(config)
@@ -95,7 +98,7 @@ def _refuse_folder_keys(config: SourceConfig) -> None:
 def _looks_like_a_path(source: str) -> bool:
     # A hub id has at most one slash and no data suffix.
     stem = source.removesuffix(".gz")
-    return source.startswith(("/", "./", "../", "~")) or source.count("/") > 1 or stem.endswith(READABLE)
+    return source.startswith(("/", "./", "../", "~")) or source.count("/") > 1 or stem.endswith((*READABLE, "/"))
 
 
 def _open_ready_rows(config: SourceConfig) -> Source:
@@ -128,7 +131,8 @@ def _open_files(name: str, paths: list[Path]) -> Source:
             before = len(found)
             found.extend(_parse(path, data))
             if len(found) == before:
-                raise DataError(Problem(str(path), "", f"{len(data)} bytes", "the file holds no rows"))
+                rule, fix = "the file holds no rows", "fetch it again, or name another"
+                raise DataError(Problem(str(path), "", f"{len(data)} bytes", rule, fix))
         return [Row(number, place, values) for number, (place, values) in enumerate(found)]
 
     return Source(name, digest.hexdigest(), read)
@@ -157,7 +161,8 @@ def _read_bytes(path: Path) -> bytes:
 def _parse(path: Path, data: bytes) -> Iterator[tuple[str, Mapping[str, Any]]]:
     suffix = _suffix(path)
     if not data.strip():
-        raise DataError(Problem(str(path), "", f"{len(data)} bytes", "the file is empty"))
+        raise DataError(Problem(str(path), "", f"{len(data)} bytes", "the file is empty", "fetch it again"))
+    _refuse_other_kinds(path, data, suffix)
     if suffix == ".parquet":
         return _parse_parquet(path, data)
     text = _decode(path, data)
@@ -168,9 +173,30 @@ def _parse(path: Path, data: bytes) -> Iterator[tuple[str, Mapping[str, Any]]]:
     return _parse_json_lines(path, text)
 
 
+# How other files begin -> what they are, and what to do.
+_OTHER_KINDS = (
+    (b"version https://git-lfs", "a Git LFS pointer", "fetch the data itself: git lfs pull"),
+    (b"\x1f\x8b", "gzip data", "add .gz to its name"),
+    (b"PK\x03\x04", "a zip archive", "unpack it"),
+    (b"\x28\xb5\x2f\xfd", "zstandard data", "unpack it"),
+    (b"PAR1", "parquet data", "name it .parquet"),
+    (b"<!DOCTYPE", "a web page", "download the file itself, not the page that shows it"),
+    (b"<html", "a web page", "download the file itself, not the page that shows it"),
+)
+
+
+def _refuse_other_kinds(path: Path, data: bytes, suffix: str) -> None:
+    """Before a parser wonders about its first character."""
+    first = data[:256].lstrip()
+    for start, what, fix in _OTHER_KINDS:
+        if first.startswith(start) and not (suffix == ".parquet" and start == b"PAR1"):
+            raise DataError(Problem(str(path), "", what, f"its name says {suffix}", fix))
+
+
 def _decode(path: Path, data: bytes) -> str:
-    if data[:2] in (b"\xff\xfe", b"\xfe\xff"):
-        raise DataError(Problem(f"{path}:1", "", "UTF-16", "text must be UTF-8", "save the file as UTF-8"))
+    if data[:2] in (b"\xff\xfe", b"\xfe\xff") or b"\0" in data[:4]:
+        found = "UTF-16 or UTF-32"
+        raise DataError(Problem(f"{path}:1", "", found, "text must be UTF-8", "save the file as UTF-8"))
     try:
         return data.decode("utf-8-sig")  # a byte order mark is allowed and removed
     except UnicodeDecodeError as error:
@@ -244,8 +270,11 @@ def _raise_problems(problems: list[Problem]) -> None:
 
 
 def _json_problem(path: Path, text: str, error: Exception, *, first_line: int) -> Problem:
-    if not isinstance(error, json.JSONDecodeError):
-        return Problem(f"{path}:{first_line}", "", "", f"is not readable JSON: {type(error).__name__}: {error}")
+    if isinstance(error, RecursionError):
+        return Problem(f"{path}:{first_line}", "", "", "is nested too deeply to be read", "is this a file of pairs?")
+    if not isinstance(error, json.JSONDecodeError):  # a number of thousands of digits
+        cause = str(error).partition(":")[0]
+        return Problem(f"{path}:{first_line}", "", "", f"is not readable JSON: {cause}", "is this a file of pairs?")
     line = first_line + error.lineno - 1
     at_the_end = not text[error.pos :].strip() or error.msg.startswith("Unterminated string")
     fix = "the text ends too early: is the file cut off? fetch it again" if at_the_end else "correct this line"
@@ -266,7 +295,8 @@ def _parse_csv(path: Path, text: str) -> Iterator[tuple[str, Mapping[str, Any]]]
         csv.field_size_limit(limit)
     header = lines[0][1]
     if len(set(header)) < len(header):
-        raise DataError(Problem(f"{path}:1", "", ", ".join(map(repr, header)), "a column appears twice in the header"))
+        raise DataError(Problem(f"{path}:1", "", ", ".join(map(repr, header)), "a column appears twice in the header",
+                                "rename or remove one of the two; the first line must name the columns"))
     problems = [
         Problem(f"{path}:{line}", "", f"{len(cells)} fields", f"the header has {len(header)} columns",
                 "put fields that hold commas into quotes")
@@ -297,12 +327,16 @@ def _parse_parquet(path: Path, data: bytes) -> Iterator[tuple[str, Mapping[str, 
     import pyarrow.parquet
 
     try:
-        table = pyarrow.parquet.read_table(io.BytesIO(data))
+        table = pyarrow.parquet.ParquetFile(io.BytesIO(data)).read()  # read_table does not name a column twice
         rows = table.to_pylist()
     except (pyarrow.ArrowException, OSError, ValueError) as error:
         cause = str(error).splitlines()[0]
         rule = f"is not a whole parquet file: {cause}"
         raise DataError(Problem(str(path), "", f"{len(data)} bytes", rule, "fetch the file again")) from error
+    names = table.column_names
+    if len(set(names)) < len(names):
+        found = ", ".join(map(repr, names))
+        raise DataError(Problem(str(path), "", found, "a column appears twice", "rename or remove one of the two"))
     return ((f"{path} row {number}", row) for number, row in enumerate(rows))
 
 
@@ -340,8 +374,11 @@ def _load_tables(config: SourceConfig, path: str) -> list[Any]:
     # The library, its hub client, its HTTP client and its builders each raise families of their own with no
     # common base; all of them mean "this source cannot be had", and the cause is kept.
     except Exception as error:
-        lines = str(error).strip().splitlines()
-        cause = f"{type(error).__name__}: {lines[0] if lines else 'no message'}"
+        deepest = error
+        while isinstance(deepest.__cause__, Exception):  # "An error occurred while generating the dataset"
+            deepest = deepest.__cause__
+        lines = str(deepest).strip().splitlines()
+        cause = f"{type(deepest).__name__}: {lines[0] if lines else 'no message'}"
         place = f"{config.source}[{config.split}]"
         fix = _loading_fix(config, path)
         raise DataError(Problem(place, "", cause, "the data set cannot be loaded", fix)) from error

@@ -177,6 +177,7 @@ def _missing_column(key: str, wanted: str | None, names: Sequence[str], source: 
         fix = f"did you mean {close[0]!r}?" if close else f"name an existing column in `columns: {{{key}: ...}}`"
         return Problem(source, f"columns.{key}", found, f"there is no column {wanted!r}", fix)
     hint = close[0] if close else "NAME"
+    hint = hint if hint == hint.strip() else ascii(hint)  # a header written with ", " has names with a space
     fix = f"say which one it is: `columns: {{{key}: {hint}}}`; the first line of a csv must name the columns"
     return Problem(source, key, found, f"no column holds the {key} answer", fix)
 
@@ -214,7 +215,8 @@ def _read_message(row: Row, key: str, value: Any) -> Message:
     if not isinstance(role, str) or role.lower() not in ROLES:
         close = difflib.get_close_matches(str(role), ROLES, n=1)
         fix = f"did you mean {close[0]!r}?" if close else f"use one of {', '.join(ROLES)}"
-        raise malformed(row.place, f"{key}.{role_key}", ascii(role), "the role is unknown", fix)
+        found = ascii(role) if isinstance(role, str) else kind_of(role)
+        raise malformed(row.place, f"{key}.{role_key}", found, "the role is unknown", fix)
     return Message(ROLES[role.lower()], _read_content(row, f"{key}.{text_key}", value[text_key]))
 
 

@@ -21,6 +21,10 @@ _PROBE = "prefopt probe"  # stands for an answer when a template is asked what i
 _PLAIN_ROLES = {"user": "Human", "assistant": "Assistant", "system": "System"}
 # Llama 3.2's template writes today's date otherwise: token ids would change overnight. This is its own fallback.
 _FIXED_DATE = "26 Jul 2024"
+# A template is a program of a stranger's: it may also divide by zero, miss a key or never end.
+_TEMPLATE_FAILS = (
+    jinja2.TemplateError, TypeError, ValueError, ArithmeticError, LookupError, AttributeError, RecursionError,
+)
 
 
 @dataclass(frozen=True)
@@ -56,7 +60,8 @@ def open_text_form(text: str, tokenizer: PreTrainedTokenizerBase) -> TextForm:
     """`template`, `plain`, or the path of a jinja file. Raises DataError."""
     if text == "plain":
         return PlainForm(tokenizer)
-    return TemplateForm(tokenizer, _read_template(text, tokenizer))
+    place = f"chat template of {tokenizer.name_or_path}".removesuffix(" of ") if text == "template" else text
+    return TemplateForm(tokenizer, _read_template(text, tokenizer), place=place)
 
 
 def template_text(text: str, tokenizer: PreTrainedTokenizerBase) -> str:
@@ -69,15 +74,19 @@ def _read_template(text: str, tokenizer: PreTrainedTokenizerBase) -> str:
         try:
             return tokenizer.get_chat_template()
         except ValueError as error:
-            raise DataError(Problem("data", "text", "'template'", "this tokenizer has no chat template",
+            rule = "this tokenizer has no chat template"
+            raise DataError(Problem(tokenizer.name_or_path, "data.text", "'template'", rule,
                                     "use `text: plain`, or the path of a FILE.jinja")) from error
     path = Path(text).expanduser()
     if not path.is_file():
-        raise DataError(Problem("data", "text", ascii(text), "must be template, plain, or an existing FILE.jinja"))
+        rule = "must be template, plain, or an existing FILE.jinja"
+        fix = "a path is relative to the folder of the spec"
+        raise DataError(Problem(text, "data.text", "nothing there", rule, fix))
     try:
         return path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
-        raise DataError(Problem(str(path), "", str(error), "the template cannot be read as UTF-8 text")) from error
+        rule = "the template cannot be read as UTF-8 text"
+        raise DataError(Problem(str(path), "data.text", str(error), rule, "save it as UTF-8")) from error
 
 
 class PlainForm:
@@ -100,9 +109,10 @@ class PlainForm:
 class TemplateForm:
     """The prompt up to the template's generation prompt; a completion is what the template adds after it."""
 
-    def __init__(self, tokenizer: PreTrainedTokenizerBase, template: str) -> None:
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, template: str, *, place: str) -> None:
         self._tokenizer = tokenizer
         self._template = template
+        self._place = place  # for messages
         self._suffix = self._probe_suffix()
         self.end = self._find_end()
         self._end_text = tokenizer.convert_ids_to_tokens(self.end.token) if self.end.token is not None else ""
@@ -127,7 +137,7 @@ class TemplateForm:
         try:
             prompt = self._render(messages, opens_answer=True)
             return PairTexts(prompt, *(self._answer(messages, prompt, text) for text in answers))
-        except (jinja2.TemplateError, TypeError, ValueError) as error:
+        except _TEMPLATE_FAILS as error:
             raise malformed(pair.place, "", _roles(messages), f"the chat template refuses it: {error}",
                             "use `text: plain`, or a template that takes these turns") from error
 
@@ -157,13 +167,14 @@ class TemplateForm:
             full = self._render(probe, opens_answer=False)
             self._render(probe[:1], opens_answer=True)
         except jinja2.TemplateSyntaxError as error:
-            raise DataError(Problem(f"chat template:{error.lineno}", "data.text", "", f"is not jinja: {error.message}",
+            raise DataError(Problem(f"{self._place}:{error.lineno}", "data.text", "", f"is not jinja: {error.message}",
                                     "correct the template, or use `text: plain`")) from error
-        except (jinja2.TemplateError, TypeError, ValueError) as error:
-            raise DataError(Problem("chat template", "data.text", "", f"fails on one question and answer: {error}",
+        except _TEMPLATE_FAILS as error:
+            cause = str(error) if isinstance(error, jinja2.TemplateError) else f"{type(error).__name__}: {error}"
+            raise DataError(Problem(self._place, "data.text", "", f"fails on one question and answer: {cause}",
                                     "correct the template, or use `text: plain`")) from error
         if _PROBE not in full:
-            raise DataError(Problem("chat template", "data.text", "", "does not write the assistant's text",
+            raise DataError(Problem(self._place, "data.text", "", "does not write the assistant's text",
                                     "correct the template, or use `text: plain`"))
         return full[full.rindex(_PROBE) + len(_PROBE) :]
 
@@ -182,7 +193,7 @@ class TemplateForm:
         probe = [Message("system", "system"), Message("user", "question"), Message("assistant", _PROBE)]
         try:
             self._render(probe, opens_answer=False)
-        except (jinja2.TemplateError, TypeError, ValueError):
+        except _TEMPLATE_FAILS:
             return False  # a plain conversation went through before, so this is about the system turn
         return True
 

@@ -91,15 +91,35 @@ def without_nulls(node: Node, path: KeyPath = ()) -> Node:
     return Node(entries, node.origin)
 
 
-def resolve_paths(root: Node) -> Node:
+def resolve_paths(root: Node) -> tuple[Node, list[Problem]]:
     """Local models, data files and templates become absolute, relative to the file that names them.
 
     A value is a path if it starts with `.`, `~` or `/`, has a data file's ending, or exists there; anything else
-    (`Qwen/Qwen2.5-0.5B`, `gold`) stays as it is.
+    (`Qwen/Qwen2.5-0.5B`, `gold`) stays as it is. What can be no path at all is a problem.
     """
+    found: list[Problem] = []
     for path in _path_keys():
-        root = _map_at(root, path, _absolute)
-    return root
+
+        def absolute(node: Node, path: KeyPath = path) -> Node:
+            try:
+                return _absolute(node)
+            except NO_PATH as error:
+                found.append(Problem(node.origin.place, ".".join(path), describe(node.value), no_path(error)))
+                return node
+
+        root = _map_at(root, path, absolute)
+    return root, found
+
+
+# What pathlib raises for a text that names no place: no such user's home, a name too long, a NUL.
+NO_PATH = (OSError, RuntimeError, ValueError)
+
+
+def no_path(error: Exception) -> str:
+    """The rule that such a text breaks."""
+    if isinstance(error, RuntimeError):
+        return "there is no user of this name: ~ is followed by / or by a user"
+    return f"cannot be a path: {getattr(error, 'strerror', None) or error}"
 
 
 def _extend(root: Node, *, seen: tuple[Path, ...]) -> Node:
@@ -119,10 +139,14 @@ def _read_parent(parent: Node, seen: tuple[Path, ...]) -> Node:
 
     if not isinstance(parent.value, str):
         raise refusal("names one other spec", "write `extends: other.yaml`")
-    path = parent.origin.folder / Path(parent.value).expanduser()
-    if path.resolve() in seen:
+    try:
+        path = parent.origin.folder / Path(parent.value).expanduser()
+        exists, circle = path.is_file(), path.resolve() in seen
+    except NO_PATH as error:
+        raise refusal(no_path(error), "write `extends: other.yaml`") from error
+    if circle:
         raise refusal("these specs extend each other in a circle", "remove one `extends`")
-    if not path.is_file():
+    if not exists:
         raise refusal("no such file", "the path is relative to the file that says `extends`")
     shown = os.path.normpath(Path(parent.origin.source).parent / Path(parent.value).expanduser())
     return read_layers(path, seen=seen, source=shown)

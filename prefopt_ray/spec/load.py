@@ -48,9 +48,10 @@ def _build(root: Node, *, overrides: Sequence[str], storage: str | None) -> Swee
     if storage is not None:
         option = Node(storage, Origin("--storage", Path.cwd(), one_line=True))
         root = Node({**root.value, "storage": option}, root.origin)
-    root = layers.resolve_paths(layers.without_nulls(root))
-    root, found = problems.take_out_unsupported(root)
-    found += problems.oversized(root)
+    found = list(problems.unknown_and_empty(root, SweepFields))
+    root, no_paths = layers.resolve_paths(layers.without_nulls(root))
+    root, unsupported = problems.take_out_unsupported(root)
+    found += [*no_paths, *unsupported, *problems.unreadable(root)]
     sections, broken = _sections(root)
     found += broken
     found += (problems.from_finding(finding, root) for finding in findings(sections))

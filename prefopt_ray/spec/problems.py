@@ -5,6 +5,7 @@ of later versions are known but not honoured yet.
 """
 
 import difflib
+import re
 import typing
 from collections.abc import Iterator
 from typing import Any
@@ -54,12 +55,23 @@ def take_out_unsupported(root: Node) -> tuple[Node, list[Problem]]:
     return root, problems
 
 
+def unknown_and_empty(root: Node, model: type[BaseModel]) -> Iterator[Problem]:
+    """Unknown keys with nothing behind them, before `null means absent` removes them: `{steps: 1,000}` is one
+    step and a key 000."""
+    known = [key for key, _ in _keys(model, ())]
+    sections = {key[:-1] for key in known}
+    for path, node in _scalars(root, ()):
+        expected = path in known or path in _NOT_YET_KEYS or path == ("extends",)
+        if node.value is None and path[:-1] in sections and not expected:
+            yield Problem(node.origin.place, _dotted(path), "", *_unknown_key(path, model))
+
+
 def from_finding(finding: Finding, root: Node) -> Problem:
     node = find(root, finding.path)
     found = node if node is not None and not node.is_mapping else None
     return Problem(
         nearest(root, finding.path).origin.place,
-        ".".join(finding.path),
+        _dotted(finding.path),
         describe(found.plain()) if found else "",
         finding.rule,
         finding.fix,
@@ -72,18 +84,21 @@ def from_pydantic(error: ErrorDetails, root: Node, model: type[BaseModel]) -> Pr
     kind = error["type"]
     node = nearest(root, path)
     if kind == "extra_forbidden":
-        return Problem(node.origin.place, ".".join(path), "", *_unknown_key(path, model))
+        return Problem(node.origin.place, _dotted(path), "", *_unknown_key(path, model))
     if kind == "missing":
-        return Problem(node.origin.place, ".".join(path), "", _REQUIRED, _EXAMPLES.get(".".join(path), ""))
+        return Problem(node.origin.place, _dotted(path), "", _REQUIRED, _EXAMPLES.get(".".join(path), ""))
     rule, fix = _rule(error, path)
-    return Problem(node.origin.place, ".".join(path), describe(error["input"]), rule, fix)
+    return Problem(node.origin.place, _dotted(path), describe(error["input"]), rule, fix)
 
 
-def oversized(root: Node) -> Iterator[Problem]:
-    """Integers no count or seed needs; YAML text refuses them while reading, a Python dict arrives unchecked."""
+def unreadable(root: Node) -> Iterator[Problem]:
+    """Values that no key takes: control characters, half characters, and integers that no count or seed needs
+    (YAML text refuses those while reading, a Python dict arrives unchecked)."""
     for path, node in _scalars(root, ()):
         if isinstance(node.value, int) and abs(node.value) > MAX_INTEGER:
             yield _problem(node, path, rule=f"whole numbers go up to {MAX_INTEGER}", fix="")
+        elif isinstance(node.value, str) and _NO_TEXT.search(node.value):
+            yield _problem(node, path, rule=_NO_TEXT_RULE, fix="remove it")
 
 
 def without_consequences(found: list[Problem]) -> list[Problem]:
@@ -113,13 +128,21 @@ def nearest(root: Node, path: KeyPath) -> Node:
     return root
 
 
+_NO_TEXT_RULE = "holds a line break, a control character or half a character"
+_NO_TEXT = re.compile(r"[\x00-\x1f\x7f-\x9f\ud800-\udfff]")
+
 _EXAMPLES = {
     "name": "add name: my-sweep",
     "model": "add model: {policy: Qwen/Qwen2.5-0.5B-Instruct}",
     "model.policy": "a hub id, a local folder, or gold",
     "data": "add data: {train: {source: pairs.jsonl}}",
     "data.train": "add train: {source: pairs.jsonl}",
+    "data.columns": "add columns: {prompt: question}",
+    "model.adapter": "add adapter: {kind: lora, rank: 16}",
     "training": "add training: {epochs: 1}",
+    "training.optimizer": "add optimizer: {kind: adamw}",
+    "scheduler": "add scheduler: {kind: asha}",
+    "search.shared": "add shared: {learning_rate: 5e-6}",
     "search": "add search: {trials_per_loss: 8, losses: {sigmoid: {}}}",
     "search.losses": "add losses: {sigmoid: {}, ipo_sum: {}}",
 }
@@ -157,6 +180,8 @@ def _rule(error: ErrorDetails, path: KeyPath) -> tuple[str, str]:
         return f"must be {_or(valid)}", _meant(str(error["input"]), valid)
     if kind in _MAPPINGS:
         example = _EXAMPLES.get(".".join(path), "").removeprefix("add ")
+        if path[:2] == ("search", "losses") and len(path) == 3:
+            example = f"{_dotted(path[2:])}: {{beta: 0.1}}"
         return "must be a mapping of keys to values", f"such as {example}" if example else "indent its keys below it"
     if kind in ("string_too_short", "too_short"):
         return "must not be empty", _EXAMPLES.get(".".join(path), "")
@@ -164,8 +189,10 @@ def _rule(error: ErrorDetails, path: KeyPath) -> tuple[str, str]:
         return "letters, digits and . _ - only, at most 80: it names folders and runs", ""
     if kind in ("missing", "too_long"):
         return "has the wrong number of items", ""
+    if kind == "string_too_long":
+        return f"at most {context['max_length']} characters", ""
     if kind in _TYPES:
-        return _TYPES[kind], _unquote(error["input"])
+        return _TYPES[kind], _as_number(error["input"], whole=kind.startswith("int"))
     return error["msg"][:1].lower() + error["msg"][1:], ""
 
 
@@ -218,7 +245,12 @@ def _without(node: Node, path: KeyPath) -> Node:
 
 
 def _problem(node: Node, path: KeyPath, *, rule: str, fix: str) -> Problem:
-    return Problem(node.origin.place, ".".join(path), describe(node.plain()), rule, fix)
+    return Problem(node.origin.place, _dotted(path), describe(node.plain()), rule, fix)
+
+
+def _dotted(path: KeyPath) -> str:
+    """A key as people write it; one that is no word (a whole line, an escape code) shortened and escaped."""
+    return ".".join(part if part.isprintable() and len(part) <= 80 else describe(part) for part in path)
 
 
 def _quoted(expected: str) -> list[str]:
@@ -235,8 +267,19 @@ def _meant(written: str, valid: list[str]) -> str:
     return f"did you mean {close[0]}?" if close else ""
 
 
-def _unquote(value: Any) -> str:
-    return "remove the quotes" if isinstance(value, str) and reads_as_number(value) else ""
+def _as_number(value: Any, *, whole: bool) -> str:
+    """How a number that was written in another way is written here."""
+    if isinstance(value, float) and value.is_integer() and abs(value) <= MAX_INTEGER:
+        return f"write {value:.0f}, without a point or an exponent"
+    if not isinstance(value, str):
+        return ""
+    if reads_as_number(value) and (not whole or value.strip().lstrip("+-").isdecimal()):
+        return "remove the quotes"
+    try:
+        number = int(value.replace(",", ""), 0)  # 1_000, 1,000, 0o17, 0x10
+    except ValueError:
+        return ""
+    return f"write {number}" if abs(number) <= MAX_INTEGER else ""
 
 
 def _scalars(node: Node, path: KeyPath) -> Iterator[tuple[KeyPath, Node]]:

@@ -5,6 +5,7 @@ not hide another.
 """
 
 import difflib
+import math
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -35,6 +36,8 @@ from prefopt_ray.spec.space import (
     spread,
 )
 from prefopt_ray.spec.steps import rung_steps
+
+MAX_TRIALS = 100_000  # far above any real sweep: a slip must not fill the memory with configurations
 
 
 @dataclass(frozen=True)
@@ -275,6 +278,29 @@ def _trials_are_counted(search: SearchSpec, model: ModelSpec) -> Iterator[Findin
             yield Finding(("search", "losses", written), rule, fix)
 
 
+def _trials_can_be_listed(search: SearchSpec, model: ModelSpec, scheduler: SchedulerSpec) -> Iterator[Finding]:
+    """All trials are drawn beforehand; and a stop step is for a trial that exists."""
+    if any(_card(written) is None for written in search.losses):
+        return
+    if search.method == "grid":
+        spaces = [
+            loss_space(_card(written), own, search.shared, adapter_kind=model.adapter.kind, grid=True)
+            for written, own in search.losses.items()
+        ]
+        trials, path, fix = 1 + sum(map(distinct_points, spaces)), ("search", "losses"), "name fewer values"
+        if math.isinf(trials):
+            return  # a range in a grid is refused where it stands
+    else:
+        each = search.trials_per_loss or 0
+        trials, path, fix = 1 + each * len(search.losses), ("search", "trials_per_loss"), "lower it"
+    if trials > MAX_TRIALS:
+        yield Finding(path, f"a sweep has at most {MAX_TRIALS:,} trials, this one has {trials:,.0f}", fix)
+    for trial in scheduler.stop_steps or {}:
+        if trial >= trials:
+            rule = f"there is no trial {trial}: numbers go from 0 to {trials - 1:.0f}"
+            yield Finding(("scheduler", "stop_steps"), rule, "remove it")
+
+
 def _domains(search: SearchSpec) -> Iterator[tuple[tuple[str, ...], Domain]]:
     for written, own in search.losses.items():
         for name, domain in own.items():
@@ -295,7 +321,7 @@ def _readable(card: LossCard) -> tuple[str, ...]:
 
 
 def _meant_loss(written: str) -> str:
-    close = closest_loss(written)
+    close = closest_loss(written.lower())
     full = f"did you mean {close}?" if close else ""
     return full if close is None or close in CARDS else f"did you mean {close} (= {find_card(close).name})?"
 
@@ -340,5 +366,6 @@ _RULES: tuple[tuple[tuple[str, ...], Rule], ...] = (
     (("search",), _shared_is_read),
     (("search",), _grid_is_finite),
     (("search", "model"), _trials_are_counted),
+    (("search", "model", "scheduler"), _trials_can_be_listed),
     (("resources",), _gpus_can_be_shared),
 )

@@ -12,7 +12,7 @@ from fractions import Fraction
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, PlainSerializer, PlainValidator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, PlainSerializer, PlainValidator
 from pydantic_core import PydanticCustomError
 
 from prefopt_ray.spec.layers import DATA_ENDINGS
@@ -34,7 +34,7 @@ def broken(rule: str, fix: str = "") -> PydanticCustomError:
 def _amount(value: Any) -> int | str:
     if isinstance(value, int) and not isinstance(value, bool) and value >= 0:
         return value
-    if isinstance(value, str) and re.fullmatch(r"\d+(\.\d+)?\s*%", value) and float(value[:-1]) <= 100:
+    if isinstance(value, str) and re.fullmatch(r"[0-9]+(\.[0-9]+)?\s*%", value) and float(value[:-1]) <= 100:
         return value.replace(" ", "")
     raise broken("must be a share such as 3% (0% to 100%) or a whole number of steps")
 
@@ -89,10 +89,23 @@ def _text_mode(value: Any) -> str:
     raise broken("must be template, plain or a FILE.jinja", _meant(value, ("template", "plain")))
 
 
+_TRACKING_SCHEMES = ("http", "https", "sqlite", "postgresql", "mysql", "mssql", "databricks", "databricks-uc", "file")
+
+
 def _tracking_uri(value: Any) -> str:
     if isinstance(value, str) and (value in ("sqlite", "databricks") or re.match(r"[a-z][a-z0-9+.-]*://\S", value)):
+        scheme = re.split(r"[+:]", value)[0]
+        # Any other may be a plugin's; a typing error would only show when nothing can be delivered.
+        if scheme not in _TRACKING_SCHEMES and (meant := _meant(scheme, _TRACKING_SCHEMES)):
+            raise broken(f"no tracking URI begins with {scheme}", meant)
         return value
     raise broken("must be `sqlite` (a file in the storage folder) or a tracking URI such as https://mlflow.example.org")
+
+
+def _not_blank(value: str) -> str:
+    if not value.strip():
+        raise broken("must not be empty")
+    return value
 
 
 def _auto_or_count(value: Any) -> int | str:
@@ -114,7 +127,10 @@ def parse_storage(value: Any) -> Path:
         raise broken("must be a folder")
     if "://" in str(value):
         raise broken("storage in the cloud is known, but not supported yet", "name a folder; NFS works")
-    return Path(value).expanduser().absolute()
+    try:
+        return Path(value).expanduser().absolute()
+    except RuntimeError as error:
+        raise broken("there is no user of this name: ~ is followed by / or by a user", "name a folder") from error
 
 
 def _stop_steps(value: Any) -> dict[int, int]:
@@ -124,8 +140,11 @@ def _stop_steps(value: Any) -> dict[int, int]:
         raise broken("must list the stop steps in trial order, or map trial numbers to them", "write {0: 320, 1: 80}")
     steps = {}
     for trial, step in value.items():
-        if not str(trial).isdecimal() or not isinstance(step, int) or isinstance(step, bool) or step < 1:
+        is_step = isinstance(step, int) and not isinstance(step, bool) and step >= 1
+        if not is_step or not re.fullmatch(r"[0-9]{1,9}", str(trial)):
             raise broken("trial numbers start at 0 (the baseline), steps at 1", "write {0: 320, 1: 80}")
+        if int(trial) in steps:
+            raise broken(f"trial {int(trial)} has two stop steps", "keep one of them")
         steps[int(trial)] = step
     return steps
 
@@ -143,8 +162,8 @@ def _reference(value: Any) -> str | OtherModel:
         return value
     if isinstance(value, OtherModel):
         return value
-    if isinstance(value, Mapping) and "model" in value and set(value) <= {"model", "adapter"}:
-        _texts(list(value.values()))
+    is_other = isinstance(value, Mapping) and "model" in value and set(value) <= {"model", "adapter"}
+    if is_other and all(isinstance(text, str) and text.strip() for text in value.values()):
         return OtherModel(**value)
     rule = "must be start (the policy at step 0), base (before start_adapter) or {model: ..., adapter: ...}"
     raise broken(rule, _meant(value, ("start", "base")))
@@ -190,7 +209,7 @@ Amount = Annotated[int | str, PlainValidator(_amount)]
 Positions = Annotated[tuple[int | str, ...], PlainValidator(_positions), PlainSerializer(list)]
 Texts = Annotated[tuple[str, ...], PlainValidator(_texts), PlainSerializer(_one_or_many)]
 SearchDomain = Annotated[Domain, PlainValidator(_domain), PlainSerializer(write_domain)]
-Text = Annotated[str, Field(min_length=1)]
+Text = Annotated[str, Field(min_length=1), AfterValidator(_not_blank)]
 Count = Annotated[int, Field(ge=1)]
 Seed = Annotated[int, Field(ge=0)]
 Columns = dict[Literal["prompt", "chosen", "rejected", "system"], Text]  # role -> column of the source
@@ -304,7 +323,7 @@ class OptimizerSpec(Section):
 class TrainingSpec(Section):
     """How long and in what steps; the full length of the schedule is exactly one of epochs, pairs, steps."""
 
-    epochs: Annotated[float | None, Field(gt=0)] = None
+    epochs: Annotated[float | None, Field(gt=0, le=10_000)] = None  # above it a slip: 1e4 for 1e-4
     pairs: Count | None = None
     steps: Count | None = None
     stop_step: Count | None = None  # stop there though the schedule runs to the full length
@@ -366,7 +385,7 @@ class EvalSpec(Section):
 
     # Quarters for the course, rungs for the decisions, 1 % for early damage.
     at: Positions = (0, "1%", RUNGS, "25%", "50%", "75%")
-    train_probe: Annotated[int, Field(ge=0)] = EvaluationConfig.probe_pairs
+    train_probe: Count = EvaluationConfig.probe_pairs
 
 
 class SamplesSpec(Section):
@@ -414,4 +433,5 @@ class TrackingSpec(Section):
     """Where MLflow keeps the runs, and under which experiment."""
 
     mlflow: Annotated[str, PlainValidator(_tracking_uri)] = "sqlite"  # needs no server
-    experiment: Text | None = None  # absent = prefopt/<name>
+    # Absent = prefopt/<name>. MLflow's column has 256 characters.
+    experiment: Annotated[str, Field(min_length=1, max_length=250), AfterValidator(_not_blank)] | None = None

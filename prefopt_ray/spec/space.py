@@ -4,6 +4,8 @@ Pure data. Knows the cards' ranges, not how a searcher draws from a domain.
 """
 
 import math
+import re
+from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -135,12 +137,8 @@ def two_digits(value: float) -> float:
 
 
 def reads_as_number(text: str) -> bool:
-    """A number in quotes."""
-    try:
-        float(text)
-    except ValueError:
-        return False
-    return True
+    """A number in quotes: without them YAML would read it as one (not so `1_000`, `inf` and full-width digits)."""
+    return re.fullmatch(r"\s*[-+]?(\.[0-9]+|[0-9]+(\.[0-9]*)?)([eE][-+]?[0-9]+)?\s*", text) is not None
 
 
 def _from_card(usual: Range, *, grid: bool) -> Domain:
@@ -155,9 +153,9 @@ def _choices(written: list[Any]) -> Choices:
     if not all(_is_number(value) for value in written):
         raise DomainError("a list of values holds numbers only")
     values = tuple(_finite(value) for value in written)
-    twice = next((value for index, value in enumerate(values) if value in values[:index]), None)
-    if twice is not None:
-        raise DomainError(f"{twice:g} is listed twice, the same trial would run twice", "name each value once")
+    twice = [value for value, count in Counter(values).items() if count > 1]
+    if twice:
+        raise DomainError(f"{twice[0]:g} is listed twice, the same trial would run twice", "name each value once")
     return Choices(values)
 
 

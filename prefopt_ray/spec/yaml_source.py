@@ -185,9 +185,9 @@ class _Reader:
     def node(self, composed: yaml.Node, path: tuple[str, ...], *, line: int) -> Node:
         self.values += 1
         if self.values > MAX_VALUES or len(path) > MAX_DEPTH:
-            # Only aliases lead here: plain nesting was bounded before composing.
-            rule = "aliases (*name) expand into too many values"
-            raise _refusal(self.origin, line, rule=rule, fix="write the values out, or use `extends`")
+            # Depth is aliases': plain nesting was bounded before composing.
+            rule = f"more than {MAX_VALUES:,} values, or aliases (*name) that expand into so many"
+            raise _refusal(self.origin, line, rule=rule, fix="write fewer values; ranges and `extends` help")
         origin = _at(self.origin, line)
         if isinstance(composed, yaml.MappingNode):
             return Node(self.mapping(composed, path), origin)
@@ -248,6 +248,11 @@ def _refuse_tags_and_depth(text: str, origin: Origin) -> None:
             raise _refusal(origin, line, rule=f"nested deeper than {MAX_DEPTH} levels", fix="is a bracket left open?")
 
 
+# What editors, chats and input methods put in the place of a space, a colon, a comma, a quote, a bracket.
+_LOOK_ALIKES = re.compile(
+    "[\u00a0\u2000-\u200f\u2018-\u201f\u2028\u2029\u202f\u3000\ufeff\uff0c\uff1a\uff3b\uff3d\uff5b\uff5d]"
+)
+
 # (part of the parser's message, what it means, fix)
 _SYNTAX = (
     ("'\\t'", "YAML is not indented with tabs", "indent with spaces"),
@@ -257,6 +262,9 @@ _SYNTAX = (
     ("could not find expected ':'", "a key without a value", "write `key: value`, with a colon and a space"),
     ("expected ',' or", "a bracket or brace is not closed, or a comma is missing", "close it on this line"),
     ("expected <block end>", "uneven indentation", "align this line with the keys above it"),
+    ("<document start>", "one file is one spec", "remove the line `...` and what follows"),
+    ("second occurrence", "an anchor (&name) is given twice", "a value that begins with & needs quotes"),
+    ("unexpected end of stream", "a quote is not closed", "close it on this line"),
     ("undefined alias", "*name refers to nothing", "a value that begins with * needs quotes"),
 )
 
@@ -274,6 +282,11 @@ def _syntax_refusal(error: yaml.YAMLError, text: str, origin: Origin) -> SpecErr
     lines = text.splitlines()
     written = lines[mark.line].strip() if mark.line < len(lines) else ""
     message = error.problem or "not readable"
+    for number in (mark.line - 1, mark.line):  # a line that looks right to the eye and wrong to the parser
+        if 0 <= number < len(lines) and (odd := _LOOK_ALIKES.search(lines[number].partition(" #")[0])):
+            rule = f"{describe(odd.group())} (U+{ord(odd.group()):04X}) only looks like a sign of YAML"
+            found = describe(lines[number].strip())
+            return _refusal(origin, number + 1, found=found, rule=rule, fix="type it again as plain ASCII")
     meanings = ((rule, fix) for part, rule, fix in _SYNTAX if part in message)
     rule, fix = next(meanings, (f"not valid YAML: {message}", "check indentation, brackets and quotes"))
     return _refusal(origin, mark.line + 1, found=describe(written), rule=rule, fix=fix)

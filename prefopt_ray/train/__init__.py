@@ -28,10 +28,12 @@ def train(
     """Train one trial and yield a Report at every evaluation and at the end.
 
     With a `folder`, checkpoints and per-pair evaluations are kept there and a trial found there is
-    continued; its last report is yielded once more. `interrupted` is asked between steps: True
+    continued; its last report is yielded once more. `interrupted` is asked at first and before every step: True
     checkpoints and returns without an end state.
     """
     trial = TrialState.open(config, worker, folder=folder)
+    if interrupted():
+        return  # nothing new to keep
     if trial.last_report is not None:
         yield trial.last_report
     elif trial.evaluation_due:

@@ -4,14 +4,16 @@ Kept: the best and the last two. A torn or altered checkpoint is noticed by its 
 before it is used. Nothing is unpickled.
 """
 
+import fcntl
 import hashlib
 import json
 import logging
 import os
 import shutil
+import time
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 from safetensors.torch import load_file, save_file
 from torch import Tensor
@@ -20,9 +22,30 @@ from prefopt_ray.errors import CheckpointError
 
 FORMAT = 1
 KEPT_LAST = 2
+LOCK_WAIT_S = 30.0  # orphaned workers of a local Ray end within ten seconds
 _TENSORS, _STATE, _MANIFEST = "tensors.safetensors", "state.json", "manifest.json"
 
 log = logging.getLogger(__name__)
+
+
+def lock_folder(folder: Path, *, wait_s: float = LOCK_WAIT_S) -> TextIO:
+    """Keep other processes out of a trial's folder while the returned file is open, or this process lives.
+
+    A driver killed a moment ago may have left a worker that is still stepping: it is waited for. Raises
+    CheckpointError when it does not go away.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    file = (folder / ".lock").open("w")
+    deadline = time.monotonic() + wait_s
+    while True:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            if time.monotonic() > deadline:
+                raise CheckpointError(f"{folder}: another process is training this trial") from error
+            time.sleep(0.1)
+        else:
+            return file
 
 
 @dataclass(frozen=True)

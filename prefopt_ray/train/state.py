@@ -21,7 +21,7 @@ from prefopt_ray.losses.formulas import loss_function
 from prefopt_ray.losses.stats import PairStats
 from prefopt_ray.measures.metrics import collapsed_rejected, margins, pair_metrics, saturation
 from prefopt_ray.measures.verdicts import EvaluationRecord, StepRecord, TrialHistory, judge
-from prefopt_ray.train.checkpoints import Checkpoint, Checkpoints
+from prefopt_ray.train.checkpoints import Checkpoint, Checkpoints, lock_folder
 from prefopt_ray.train.evaluate import PolicyView, evaluate, finite_metrics
 from prefopt_ray.train.evaluations import EvaluationLog
 from prefopt_ray.train.schedule import batch_indices, rate_factor
@@ -57,6 +57,7 @@ class TrialState:
         self._last_report: Report | None = None
         self._loss_at_start = self._analytic_start()
         self._points: list[StepPoint] = []
+        self._nonfinite = 0
         self._history = TrialHistory(self.card.name, config.training.warmup_steps, [], [])
         self._kl_per_token: dict[int, float | None] = {}  # by evaluation step, where samples were drawn
         self._log = EvaluationLog.of_parts(worker.evaluated_parts)
@@ -69,7 +70,7 @@ class TrialState:
         trial = cls(config, worker, slot=slot, folder=folder)
         worker.engine.open(slot, config)
         if folder:
-            folder.mkdir(parents=True, exist_ok=True)
+            trial._lock = lock_folder(folder)  # released with this object, or this process
             saved = trial._checkpoints.latest()
             if saved is not None:
                 trial._restore(saved)
@@ -127,6 +128,7 @@ class TrialState:
             step=self._step, loss=loss, loss_norm=loss / self._start, grad_norm=grad_norm, finite=outcome.applied,
         ))
         if not outcome.applied:
+            self._nonfinite += 1
             self._end(EndState.DIVERGED, f"non-finite loss or gradient at step {self._step} ({dropped} values)")
 
     # -- reporting ---------------------------------------------------------------------------------
@@ -151,7 +153,7 @@ class TrialState:
             step=self._step, pairs_seen=self._step * self.config.training.batch_pairs,
             metrics=metrics, objective=objective, best_so_far=self._best, best_step=self._best_step,
             verdict=verdict, verdict_at_best=self._best_verdict, points=pack_points(self._points),
-            end_state=self.end_state, reason=self.reason, seconds=self._seconds,
+            end_state=self.end_state, reason=self.reason, seconds=self._seconds, nonfinite=self._nonfinite,
         )
         self._points = []
         self.save()
@@ -160,7 +162,13 @@ class TrialState:
     def end(self, end_state: EndState, reason: str) -> Report:
         """End from outside (out of memory, for example) without touching the engine."""
         self._end(end_state, reason)
-        return self.report()
+        if self._last_report is None or self._reported_step < self._step:
+            return self.report()
+        # What this step's evaluation measured stays true: the report is the same, and ends the trial.
+        self._last_report = replace(
+            self._last_report, end_state=self.end_state, reason=self.reason, points=pack_points(self._points)
+        )
+        return self._last_report
 
     def save(self) -> None:
         """Write the per-pair log and a checkpoint; nothing without a folder.
@@ -236,7 +244,9 @@ class TrialState:
     def _start(self) -> float:
         if self._loss_at_start is None:
             raise RuntimeError("the loss at the start is measured by the evaluation at step 0, which was not made")
-        return max(self._loss_at_start, 1e-12)
+        # Measured against another reference it can be near zero (hinge) or negative (robust): no scale for a ratio.
+        known = self.card.loss_at_start(self.config.loss_params) if self.card.loss_at_start else 1e-12
+        return max(self._loss_at_start, known)
 
     def _step_metrics(self, outcome: StepOutcome) -> dict[str, float]:
         params = self.config.loss_params
@@ -263,6 +273,7 @@ class TrialState:
         self._kl_per_token[self._step] = metrics.get("samples/kl_per_token")
         self._history.evaluations.append(self._record(self._step))
         if dropped:
+            self._nonfinite += 1
             self._end(EndState.DIVERGED, f"{dropped} measures are not finite at the evaluation of step {self._step}")
         valid = "eval/gain" in metrics and not dropped
         return metrics, metrics["eval/gain"] if valid else WORST

@@ -135,7 +135,7 @@ class SweepDriver:
     def _decide(self, trial: TrialRecord, report: Report) -> bool:
         if report.step == 0 or any(d.rung == report.step for d in trial.decisions):
             return True
-        decision = self._rule.decide(self._arrival(trial, report))
+        decision = self._rule.decide(self._arrival(trial, step=report.step, value=report.best_so_far))
         if decision is None:
             return True
         trial.decisions.append(decision)
@@ -146,11 +146,9 @@ class SweepDriver:
                                                              recorded=decision.recorded, rule=decision.reason))
         return False
 
-    def _arrival(self, trial: TrialRecord, report: Report) -> Arrival:
+    def _arrival(self, trial: TrialRecord, *, step: int, value: float) -> Arrival:
         group = trial.config.loss if self._within_loss else "all"
-        return Arrival(
-            trial.trial_id, trial.number, group, report.step, report.best_so_far, protected=trial.baseline
-        )
+        return Arrival(trial.trial_id, trial.number, group, step, value, protected=trial.baseline)
 
     def _end(self, trial: TrialRecord, end_state: EndState, reason: str) -> None:
         trial.end_state, trial.reason, trial.paused = end_state, reason, False
@@ -170,9 +168,8 @@ class SweepDriver:
         unfinished = []
         for trial in self.sweep.trials.values():
             self._points[trial.trial_id] = Point(trial.config.loss, trial.values, baseline=trial.baseline)
-            for report in trial.reports.values():
-                if report.step > 0:
-                    self._rule.replay(self._arrival(trial, report))
+            for decision in trial.decisions:
+                self._rule.replay(self._arrival(trial, step=decision.rung, value=decision.value))
             refused = next((d for d in trial.decisions if not d.keep), None)
             if trial.end_state is not None:
                 if not self._tracker.has_ended(trial.trial_id):  # killed between ledger and journal
@@ -201,9 +198,10 @@ def stop_reason(rung: int, value: float, *, cutoff: float | None, recorded: int,
 
 def headline_values(trial: TrialRecord) -> Mapping[str, float]:
     """The numbers of a trial that MLflow's table shows, slash-free. Only what is known and finite."""
-    values: dict[str, float] = {"score": trial.score, "best_step": trial.best_step, "best_gain": max(0.0, trial.score)}
+    values: dict[str, float] = {"score": trial.score, "nonfinite_steps": trial.last.nonfinite if trial.last else 0}
     best = trial.reports.get(trial.best_step)
     if best is not None:
+        values |= {"best_step": trial.best_step, "best_gain": trial.score}
         values["best_accuracy"] = best.metrics["eval/rewards/accuracy"]
     evaluated = [r for r in trial.reports.values() if "eval/drift/chosen" in r.metrics]
     if evaluated:
@@ -213,5 +211,4 @@ def headline_values(trial: TrialRecord) -> Mapping[str, float]:
         values["final_kl"] = sampled[-1].metrics["samples/kl"]
     if trial.last is not None and trial.last.verdict.onset_step is not None:
         values["onset_step"] = trial.last.verdict.onset_step
-    values["nonfinite_steps"] = 1.0 if trial.end_state is EndState.DIVERGED and "non-finite" in trial.reason else 0.0
     return {name: value for name, value in values.items() if math.isfinite(value)}

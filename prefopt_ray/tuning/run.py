@@ -4,46 +4,43 @@ The main thread watches and hears Ctrl-C; Tune runs in a second thread. One Ctrl
 command that every trial sees between two steps; Tune's own handling would not checkpoint them.
 """
 
+import json
 import logging
-import os
 import secrets
 import shutil
 import threading
-from collections.abc import Iterator
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any, Protocol
 
 import ray
-import torch
 from ray import tune
 
 from prefopt_ray import __version__
-from prefopt_ray.answer import TEST_FILE, Answer, find_answer, finalists, trial_folder
-from prefopt_ray.engine.base import ReferencedPairs
-from prefopt_ray.engine.reference import Progress, stored_parts
-from prefopt_ray.errors import InputError, PrefoptError, Problem, ResourceError, SweepError
-from prefopt_ray.ledger import Ledger, SweepRecord, TrialRecord, clear_stop, read_sweep, request_stop, stop_requested
-from prefopt_ray.pairs.tokens import SweepData
-from prefopt_ray.prepare import Prepared, WorkerBlueprint, cache_folder, prepare
+from prefopt_ray.answer import Answer, find_answer, finalists, trial_folder
+from prefopt_ray.engine.reference import Progress
+from prefopt_ray.errors import InputError, Problem, SweepError
+from prefopt_ray.ledger import FORMAT, LEDGER_FILE, Ledger, SweepRecord, clear_stop, read_sweep, request_stop, stop_requested
+from prefopt_ray.prepare import Prepared, cache_folder, prepare
 from prefopt_ray.report import answer_lines, leaderboard
 from prefopt_ray.spec import SweepSpec, dump_spec, load_spec
 from prefopt_ray.spec.sections import DEFAULT_PRESET, PRESETS, SchedulerSpec
 from prefopt_ray.tracking.delivery import TrackingSettings
 from prefopt_ray.tracking.operations import DatasetInfo
 from prefopt_ray.tracking.runs import SweepIdentity, SweepSummary, SweepTracker, tracking_uri
-from prefopt_ray.train.checkpoints import Checkpoints
-from prefopt_ray.train.evaluations import EvaluationLog
 from prefopt_ray.trial import TrialConfig
 from prefopt_ray.tuning.driver import MAX_PROCESS_DEATHS, SweepDriver
+from prefopt_ray.tuning.passes import reference_pass, score_on_test
+from prefopt_ray.tuning.resources import refuse_impossible, slots, start_ray, trial_resources
 from prefopt_ray.tuning.rungs import FixedStops, NoStops, StopRule, SuccessiveHalving
 from prefopt_ray.tuning.seams import DriverCallback, DriverScheduler, DriverSearcher
 from prefopt_ray.tuning.search import Listed, Point, Proposer, Tpe, listed_points
 from prefopt_ray.tuning.trainable import PreferenceTrainable
 
-LEDGER, SPEC = "ledger.jsonl", "spec.yaml"
+SPEC = "spec.yaml"
 WATCH_S = 0.25  # how often the main thread looks
 DELIVERY_S = 60.0  # how long the end of a sweep waits for the tracking server
+INTERRUPTED_DELIVERY_S = 5.0
 
 log = logging.getLogger(__name__)
 
@@ -66,57 +63,67 @@ class Observer(Protocol):
 
 def run_sweep(spec: SweepSpec, observer: Observer) -> SweepRecord:
     """Run a new sweep to its answer, or until Ctrl-C (then some trials are paused)."""
-    _refuse_impossible(spec)
+    refuse_impossible(spec)
     prepared = prepare(spec, stage=observer.stage, device="cpu", threads=spec.resources.cpus_per_trial)
+    spec = prepared.spec
     sweep_id = secrets.token_hex(4)
     folder = spec.storage / f"{spec.name}-{sweep_id}"
     folder.mkdir(parents=True)
     (folder / SPEC).write_text(dump_spec(spec))
     sweep = SweepRecord(folder, sweep_id, spec.name, spec.content_hash(), _facts(prepared))
-    ledger = Ledger(folder / LEDGER)
+    ledger = Ledger(folder / LEDGER_FILE)
     ledger.append(
-        "sweep", format=1, sweep_id=sweep_id, name=sweep.name, spec_hash=sweep.spec_hash, facts=sweep.facts
+        "sweep", format=FORMAT, sweep_id=sweep_id, name=sweep.name, spec_hash=sweep.spec_hash, facts=sweep.facts
     )
     _write_drops(folder, prepared)
     try:
         return _session(spec, prepared, sweep, ledger=ledger, observer=observer)
-    except InputError:
-        if not sweep.trials:  # nothing was paid for: a wrong input leaves no empty sweep behind
+    except (InputError, KeyboardInterrupt):
+        if not sweep.trials:  # nothing was paid for: no empty sweep is left behind
             shutil.rmtree(folder)
         raise
 
 
 def resume_sweep(folder: Path, observer: Observer) -> SweepRecord:
     """Continue a sweep from its ledger. Finished trials are not run again. Raises SweepError when the data changed."""
+    ledger = Ledger(folder / LEDGER_FILE)  # first: nobody else may be driving this sweep
     sweep = read_sweep(folder)
     spec = load_spec(folder / SPEC)
+    refuse_impossible(spec)
     prepared = prepare(spec, stage=observer.stage, device="cpu", threads=spec.resources.cpus_per_trial)
     _require_same(sweep, spec, prepared)
     clear_stop(folder)
-    return _session(spec, prepared, sweep, ledger=Ledger(folder / LEDGER), observer=observer)
+    return _session(spec, prepared, sweep, ledger=ledger, observer=observer)
 
 
 def _session(
     spec: SweepSpec, prepared: Prepared, sweep: SweepRecord, *, ledger: Ledger, observer: Observer
 ) -> SweepRecord:
-    _start_ray()
-    resources = _trial_resources(spec)
-    device = "cuda" if resources["gpu"] > 0 else "cpu"
+    start_ray()
+    reserved = trial_resources(spec)
+    device = "cuda" if reserved["gpu"] > 0 else "cpu"
     blueprint = replace(prepared.blueprint, device=device)
-    blueprint = _with_reference(blueprint, prepared.loaded.data, spec, resources=resources, observer=observer)
+    blueprint = reference_pass(
+        blueprint, prepared.loaded.data, cache=cache_folder(spec) / "reference", reserved=reserved,
+        progress=observer.stage("reference pass"),
+    )
     tracker = _tracker(spec, sweep, ledger)
     tracker.start(dump_spec(spec), spec.to_dict(), _datasets(prepared))
+    waits_s = DELIVERY_S
     try:
         driver = _driver(spec, prepared, sweep, ledger=ledger, tracker=tracker)
         observer.started(sweep, spec, list(prepared.loaded.warnings))
         shared = ray.put(blueprint)  # once per node
-        _run_trials(shared, driver, spec, resources=resources, observer=observer)
+        _run_trials(shared, driver, spec, reserved=reserved, observer=observer)
         if stop_requested(sweep.folder):
             tracker.paused()
         else:
-            _finish(shared, sweep, ledger=ledger, tracker=tracker, resources=resources, observer=observer)
+            _finish(shared, sweep, ledger=ledger, tracker=tracker, reserved=reserved, observer=observer)
+    except KeyboardInterrupt:  # after the trials, or the second one: what is on disk is kept and resumed from
+        tracker.paused()
+        waits_s = INTERRUPTED_DELIVERY_S
     finally:
-        undelivered = tracker.close(DELIVERY_S)
+        undelivered = tracker.close(waits_s)
         ledger.close()
     if undelivered:
         log.warning("%d tracking operations are not delivered yet; they are kept and sent by `prefopt resume`", undelivered)
@@ -127,18 +134,17 @@ def _session(
 
 
 def _run_trials(
-    blueprint: ray.ObjectRef, driver: SweepDriver, spec: SweepSpec, *, resources: dict[str, float], observer: Observer
+    blueprint: ray.ObjectRef, driver: SweepDriver, spec: SweepSpec, *, reserved: dict[str, float], observer: Observer
 ) -> None:
     trainable = tune.with_resources(
-        tune.with_parameters(PreferenceTrainable, open_worker=blueprint), resources
+        tune.with_parameters(PreferenceTrainable, open_worker=blueprint), reserved
     )
-    slots = _slots(resources, limit=spec.resources.max_concurrent)
     tuner = tune.Tuner(
         trainable,
         param_space={},
         tune_config=tune.TuneConfig(
             search_alg=DriverSearcher(driver), scheduler=DriverScheduler(driver), num_samples=-1, reuse_actors=True,
-            max_concurrent_trials=slots,
+            max_concurrent_trials=slots(reserved, limit=spec.resources.max_concurrent),
         ),
         run_config=tune.RunConfig(
             name="tune", storage_path=str(driver.sweep.folder), verbose=0, callbacks=[DriverCallback(driver)],
@@ -229,73 +235,23 @@ def _keep_one_in(scheduler: SchedulerSpec) -> int:
 # -- before and after the trials -------------------------------------------------------------------
 
 
-def _with_reference(
-    blueprint: WorkerBlueprint, data: SweepData, spec: SweepSpec, *, resources: dict[str, float], observer: Observer
-) -> WorkerBlueprint:
-    """The reference pass runs where trials run; the driver may have no accelerator."""
-    cache = cache_folder(spec) / "reference"
-    known = stored_parts(data, blueprint.reference_key(), cache=cache)
-    if len(known) == len(data.parts):
-        return replace(blueprint, parts=known)
-    progress = observer.stage("reference pass")
-    task = _reference_pass.options(num_cpus=resources["cpu"], num_gpus=resources["gpu"])
-    for reference in task.remote(blueprint, data, cache):
-        message = _value(reference)
-        if isinstance(message, dict):
-            return replace(blueprint, parts=message)
-        progress(*message)
-    raise RuntimeError("the reference pass ended without a result")
-
-
-def _value(reference: ray.ObjectRef) -> Any:
-    """What a task gave; an error that a person should read arrives as itself, not wrapped in Ray's traceback."""
-    try:
-        return ray.get(reference)
-    except ray.exceptions.RayTaskError as error:
-        if isinstance(error.cause, PrefoptError):
-            raise error.cause from error
-        raise
-
-
-@ray.remote(num_returns="streaming", max_retries=0)
-def _reference_pass(
-    blueprint: WorkerBlueprint, data: SweepData, cache: Path
-) -> Iterator[tuple[int, int] | dict[str, ReferencedPairs]]:
-    """(done, total) now and then, at last the parts."""
-    latest: list[tuple[int, int]] = [(0, 1)]
-    outcome: list[Any] = []
-
-    def work() -> None:
-        try:
-            done = blueprint.with_reference(data, cache=cache, progress=lambda *point: latest.append(point))
-            outcome.append(done.parts)
-        except BaseException as error:  # noqa: BLE001 - raised in the task below
-            outcome.append(error)
-
-    thread = threading.Thread(target=work)
-    thread.start()
-    while thread.is_alive():
-        thread.join(WATCH_S)
-        yield latest[-1]
-    if isinstance(outcome[0], BaseException):
-        raise outcome[0]
-    yield outcome[0]
-
-
 def _finish(
     blueprint: ray.ObjectRef, sweep: SweepRecord, *, ledger: Ledger, tracker: SweepTracker,
-    resources: dict[str, float], observer: Observer,
+    reserved: dict[str, float], observer: Observer,
 ) -> None:
     """Score the finalists once on test, export their adapters, rank, and write the answer."""
     chosen = finalists(sweep)
     todo = [t for t in chosen if t.trial_id not in sweep.tested]
     if todo:
         progress = observer.stage("test part")
-        task = _score_finalists.options(num_cpus=resources["cpu"], num_gpus=resources["gpu"])
-        for number, reference in enumerate(task.remote(blueprint, sweep.folder, todo), start=1):
-            trial_id, step = _value(reference)
-            sweep.tested[trial_id] = step
-            ledger.append("tested", trial=trial_id, step=step)
+        scored = score_on_test(blueprint, sweep.folder, todo, reserved=reserved)
+        for number, (trial_id, problem) in enumerate(scored, start=1):
+            if problem:
+                sweep.untested[trial_id] = problem
+                ledger.append("untested", trial=trial_id, reason=problem)
+            else:
+                sweep.tested[trial_id] = sweep.trials[trial_id].best_step
+                ledger.append("tested", trial=trial_id, step=sweep.tested[trial_id])
             progress(number, len(todo))
     for trial in chosen:
         adapter = trial_folder(sweep, trial) / "adapter"
@@ -308,91 +264,9 @@ def _finish(
     sweep.finished = True
 
 
-@ray.remote(num_returns="streaming", max_retries=0)
-def _score_finalists(
-    blueprint: WorkerBlueprint, folder: Path, trials: list[TrialRecord]
-) -> Iterator[tuple[str, int]]:
-    """Each trial's best checkpoint on the test part; its per-pair file and its adapter. Yields (trial id, step)."""
-    worker = blueprint()
-    test = worker.parts["test"]
-    for trial in trials:
-        home = folder / "trials" / trial.trial_id
-        saved = Checkpoints(home / "checkpoints").load(trial.best_step)
-        worker.engine.open(0, trial.config)
-        worker.engine.load(0, saved.tensors)
-        stored = EvaluationLog.of_parts({"test": test})
-        stored.add("test", trial.best_step, worker.engine.score(0, test.tokens))
-        stored.save(home / TEST_FILE)
-        if trial.config.adapter.kind != "none":
-            worker.engine.export(0, home / "adapter")
-        yield trial.trial_id, trial.best_step
-
-
 def _summary(sweep: SweepRecord, answer: Answer) -> SweepSummary:
     winner = answer.winner.trial_id if answer.winner else None
     return SweepSummary(winner, "\n".join(answer_lines(sweep, answer)), leaderboard(answer))
-
-
-# -- Ray -------------------------------------------------------------------------------------------
-
-
-def _start_ray() -> None:
-    if ray.is_initialized():
-        return
-    for name, value in {
-        "TUNE_DISABLE_AUTO_CALLBACK_LOGGERS": "1",  # ledger and per-pair files hold everything
-        "RAY_AIR_NEW_OUTPUT": "0",
-        "TUNE_GLOBAL_CHECKPOINT_S": "3600",  # Tune's own state is never read back
-        "RAY_CHDIR_TO_TRIAL_DIR": "0",
-        "RAY_USAGE_STATS_ENABLED": "0",
-    }.items():
-        os.environ.setdefault(name, value)
-    for logger in ("ray.tune", "ray.train", "ray.data"):
-        logging.getLogger(logger).setLevel(logging.ERROR)
-    ray.init(include_dashboard=False, log_to_driver=False, logging_level=logging.ERROR, configure_logging=True)
-
-
-def _refuse_impossible(spec: SweepSpec) -> None:
-    """Before anything is read or started, where trials will run on this machine. Raises ResourceError."""
-    if not ray.is_initialized() and not os.environ.get("RAY_ADDRESS"):
-        _reservation(spec, cpus=float(os.cpu_count() or 1), gpus=float(torch.cuda.device_count()))
-
-
-def _trial_resources(spec: SweepSpec) -> dict[str, float]:
-    """What one trial reserves on the largest node. Raises ResourceError."""
-    nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
-    return _reservation(
-        spec,
-        cpus=max((node.get("CPU", 0.0) for node in nodes), default=0.0),
-        gpus=max((node.get("GPU", 0.0) for node in nodes), default=0.0),
-    )
-
-
-def _reservation(spec: SweepSpec, *, cpus: float, gpus: float) -> dict[str, float]:
-    """What one trial reserves on a node with so much. Raises ResourceError when that can never fit."""
-    wanted = {"cpu": float(spec.resources.cpus_per_trial), "gpu": spec.resources.gpu_share(gpus_present=gpus > 0)}
-    problems = []
-    if wanted["cpu"] > cpus:
-        problems.append(Problem(
-            "spec", "resources.cpus_per_trial", f"{wanted['cpu']:g}", f"the largest node has {cpus:g} CPUs",
-            "ask for fewer CPUs per trial, or connect to a larger cluster with RAY_ADDRESS",
-        ))
-    if wanted["gpu"] > gpus:
-        seen = "" if torch.cuda.is_available() else "; torch sees no GPU here"
-        problems.append(Problem(
-            "spec", "resources.gpus_per_trial", f"{wanted['gpu']:g}", f"the largest node has {gpus:g} GPUs{seen}",
-            "set gpus_per_trial: 0 to run on CPUs, or connect to a cluster with GPUs",
-        ))
-    if problems:
-        raise ResourceError(*problems)
-    return wanted
-
-
-def _slots(resources: dict[str, float], *, limit: int | None) -> int:
-    """How many trials fit at once, and at most `limit`."""
-    total = ray.cluster_resources()
-    fits = [int(total.get(name.upper(), 0.0) / share + 1e-6) for name, share in resources.items() if share > 0]
-    return max(1, min([*fits, limit] if limit else fits))
 
 
 # -- records ---------------------------------------------------------------------------------------
@@ -426,6 +300,8 @@ def _facts(prepared: Prepared) -> dict[str, Any]:
         "drops": reasons,
         "model": prepared.blueprint.model.model,
         "revision": prepared.blueprint.model.revision,
+        "weights": prepared.blueprint.weights,
+        "reference_weights": prepared.blueprint.reference_weights,
         "merged_adapters": list(prepared.blueprint.model.adapters),
         "warnings": list(loaded.warnings),
         "total_tokens": {name: int(part.longest.sum()) for name, part in loaded.data.parts.items()},
@@ -433,10 +309,9 @@ def _facts(prepared: Prepared) -> dict[str, Any]:
 
 
 def _write_drops(folder: Path, prepared: Prepared) -> None:
-    drops = Ledger(folder / "drops.jsonl")
-    for drop in prepared.loaded.drops:
-        drops.append("drop", part=drop.part, row=drop.row, reason=drop.reason)
-    drops.close()
+    with (folder / "drops.jsonl").open("w", encoding="utf-8") as file:
+        for drop in prepared.loaded.drops:
+            file.write(json.dumps(asdict(drop), ensure_ascii=False) + "\n")
 
 
 def _datasets(prepared: Prepared) -> list[DatasetInfo]:
@@ -454,6 +329,14 @@ def _require_same(sweep: SweepRecord, spec: SweepSpec, prepared: Prepared) -> No
             rule=f"this sweep was started on pairs with digest {sweep.facts['data'][:12]}",
             fix="restore the data files or tokenizer as they were, or start a new sweep",
         ))
+    for fact, what in (("weights", "model"), ("reference_weights", "reference model")):
+        now = getattr(prepared.blueprint, fact)
+        if sweep.facts[fact] != now:
+            raise SweepError(Problem(
+                place=prepared.blueprint.model.model, key="model", found=f"weights with digest {now[:12]}",
+                rule=f"this sweep was started with a {what} of digest {sweep.facts[fact][:12]}",
+                fix="restore the model files as they were, or start a new sweep",
+            ))
     if sweep.spec_hash != spec.content_hash():
         raise SweepError(Problem(
             place=str(sweep.folder / SPEC), key="", found="another spec", rule="this sweep's spec was changed",

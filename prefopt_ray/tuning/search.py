@@ -69,7 +69,12 @@ class Tpe:
             loss: optuna.create_study(
                 direction="maximize",
                 # Proposals already made shift the seed: a resumed study must not draw its start-up points again.
-                sampler=optuna.samplers.TPESampler(seed=seed + 1000 * index + (trials_per_loss - self._left[loss])),
+                sampler=optuna.samplers.TPESampler(
+                    seed=seed + 1000 * index + (trials_per_loss - self._left[loss]),
+                    # Optuna's 10 random points would be all of a usual budget; trials run side by side.
+                    n_startup_trials=max(3, trials_per_loss // 3),
+                    constant_liar=True,
+                ),
             )
             for index, loss in enumerate(spaces)
         }

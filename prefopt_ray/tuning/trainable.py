@@ -52,8 +52,11 @@ class PreferenceTrainable(tune.Trainable):
             report = self._last = next(self._reports)
         except StopIteration:
             return self._result(paused=True)
-        except Exception:
-            # Whatever a trial dies of is its row's reason; only the death of the process is Ray's to handle.
+        except Exception as error:
+            # Whatever a trial dies of is its row's reason. A broken device breaks every later trial of this process
+            # too: that, like the death of the process, is Ray's to handle, with a new process and bounded retries.
+            if _is_device_error(error):
+                raise
             return self._result(failure=self._record_failure())
         return self._result(report)
 
@@ -107,3 +110,8 @@ class PreferenceTrainable(tune.Trainable):
             "verdict": last.verdict.headline if last else "",
             **(last.metrics if last else {}),
         }
+
+
+def _is_device_error(error: Exception) -> bool:
+    """A CUDA context that is lost for good; being out of memory is not, and is caught where it happens."""
+    return isinstance(error, RuntimeError) and ("CUDA error" in str(error) or "CUBLAS_STATUS" in str(error))

@@ -36,7 +36,7 @@ CPU = torch.device("cpu")
 
 
 def load(folder: Path, *, adapters: tuple[Path, ...] = (), dtype: str = "float32") -> torch.nn.Module:
-    return load_model(ModelSource(str(folder), adapters=tuple(map(str, adapters)), dtype=dtype), device=CPU).model
+    return load_model(ModelSource(str(folder), adapters=tuple(map(str, adapters)), dtype=dtype), device=CPU)
 
 
 @pytest.fixture
@@ -76,7 +76,7 @@ def test_weights_are_loaded_exactly_and_without_dropout(folder: Path, dtype: str
 
 def test_float32_weights_for_bfloat16_full_fine_tuning(folder: Path) -> None:
     source = ModelSource(str(folder), dtype="bfloat16")
-    loaded = load_model(source, device=CPU, weights_dtype="float32").model
+    loaded = load_model(source, device=CPU, weights_dtype="float32")
     assert {p.dtype for p in loaded.parameters()} == {torch.float32}
 
 

@@ -109,11 +109,20 @@ def test_the_winners_adapter_in_mlflow_loads_with_peft(finished: FinishedSweep, 
 
 
 def test_a_finished_sweep_resumed_runs_nothing_again(finished: FinishedSweep) -> None:
+    ends = end_times(finished)
     before = (finished.record.folder / "ledger.jsonl").read_text().count('"event": "report"')
     again = prefopt("resume", "journey", "--json", cwd=finished.home)
     assert again.code == 0, again.err
     assert (finished.record.folder / "ledger.jsonl").read_text().count('"event": "report"') == before
     assert json.loads(again.out)["best"] == json.loads(finished.outcome.out)["best"]
+    assert end_times(finished) == ends
+
+
+def end_times(finished: FinishedSweep) -> dict[str, int]:
+    from mlflow import MlflowClient
+
+    client = MlflowClient(f"sqlite:///{finished.home / 'prefopt-results' / 'mlflow.db'}")
+    return {t.trial_id: client.get_run(t.run_id).info.end_time for t in finished.record.trials.values()}
 
 
 def test_list_and_show_read_the_ledger(finished: FinishedSweep) -> None:

@@ -10,7 +10,6 @@ from prefopt_ray.measures.compare import (
     gain_interval,
     indistinguishable,
     paired_difference,
-    resolvable_gain_difference,
 )
 from prefopt_ray.measures.gain import calibrated_gain
 
@@ -135,15 +134,3 @@ def test_the_truly_best_stays_on_the_list_though_the_best_was_picked_on_the_same
         kept = {best, *indistinguishable(margins[best], others, None)}
         lost += "0" not in kept  # all are equal, so any fixed one is a truly best one
     assert lost / sweeps <= 0.06
-
-
-def test_the_resolvable_difference_is_found_with_the_stated_power():
-    rng = np.random.default_rng(8)
-    n = 400
-    effect = resolvable_gain_difference(n, pair_sd=0.13)
-    assert effect == pytest.approx((1.95996 + 0.84162) * 0.13 / 20, rel=1e-5)
-    found = [paired_difference(rng.normal(effect, 0.13, size=n), np.zeros(n), None).low > 0 for _ in range(1000)]
-    assert np.mean(found) == pytest.approx(0.8, abs=0.04)
-    assert resolvable_gain_difference(4 * n) == pytest.approx(resolvable_gain_difference(n) / 2)
-    with pytest.raises(ValueError, match="n must be"):
-        resolvable_gain_difference(0)

@@ -19,12 +19,12 @@ def run(config: TrialConfig, worker: Worker | None = None, *, folder: Path | Non
 
 
 def interrupt_after(steps: int) -> Callable[[], bool]:
-    """`interrupted` as train asks it: before every step; true once `steps` of them were made in this call."""
+    """`interrupted` as train asks it, at first and before every step: true once `steps` were made in this call."""
     asked: list[int] = []
 
     def interrupted() -> bool:
         asked.append(1)
-        return len(asked) > steps
+        return len(asked) > steps + 1
 
     return interrupted
 

@@ -14,8 +14,8 @@ from train.runs import evaluated_at, run, tensors_of
 from prefopt_ray.errors import CheckpointError
 from prefopt_ray.measures.verdicts import StepRecord
 from prefopt_ray.train import TrialState
-from prefopt_ray.train.checkpoints import Checkpoint, Checkpoints
-from prefopt_ray.train.export import export_best
+from prefopt_ray.train.checkpoints import Checkpoint, Checkpoints, lock_folder
+from prefopt_ray.train.export import export, load_best
 
 
 def checkpoint(step: int) -> Checkpoint:
@@ -90,7 +90,7 @@ def test_an_unsound_checkpoint_says_why(change: Callable[[dict], dict], why: str
 def test_a_checkpoint_holds_nothing_pickled(tmp_path: Path) -> None:
     run(evaluated_at(trial_config(steps=2), 0, 2), folder=tmp_path)
     files = {path.name for path in tmp_path.rglob("*") if path.is_file()}
-    assert files == {"evaluations.safetensors", "tensors.safetensors", "state.json", "manifest.json"}
+    assert files == {"evaluations.safetensors", "tensors.safetensors", "state.json", "manifest.json", ".lock"}
 
 
 @pytest.mark.parametrize("adapter", ["lora", "none"])
@@ -99,7 +99,9 @@ def test_the_best_step_is_exported_whatever_came_after(adapter: str, tmp_path: P
     reports = run(config, folder=tmp_path)
     best = max(reports[1:], key=lambda report: report.objective)
     assert reports[-1].best_step == best.step
-    target = export_best(config, tiny_worker(), tmp_path, best_step=best.step)
+    worker = tiny_worker()
+    load_best(config, worker, tmp_path, best_step=best.step)
+    target = export(config, worker, tmp_path)
     assert target.name == {"lora": "adapter", "none": "model"}[adapter]
     saved = tensors_of(tmp_path, best.step)
     (weights,) = target.glob("*.safetensors")
@@ -125,3 +127,11 @@ def test_state_after_five_thousand_steps_is_written_in_a_blink() -> None:
     assert trial._history.steps[-1] == StepRecord(5000, 0.69 / 5000, 1.0 / 5000, 500.0, finite=True)
     assert taken < 0.2
     assert len(text) < 1_000_000
+
+
+def test_a_trial_is_trained_by_one_process_at_a_time(tmp_path: Path) -> None:
+    held = lock_folder(tmp_path)
+    with pytest.raises(CheckpointError, match="another process is training this trial"):
+        lock_folder(tmp_path, wait_s=0.2)
+    held.close()
+    lock_folder(tmp_path, wait_s=0.0).close()
