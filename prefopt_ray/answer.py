@@ -70,28 +70,34 @@ class Answer:
 def find_answer(sweep: SweepRecord) -> Answer:
     """The answer as far as the sweep has come."""
     standings = ranking(sweep)
-    valid = [s.trial for s in standings if s.trial.score >= 0]
-    winner = valid[0] if valid else None
+    winner = next((s.trial for s in standings if s.trial.score >= 0), None)
     if winner is None:
         return Answer(standings, None, sweep.baseline)
     warnings = _warnings(sweep, standings, winner)
     if winner.trial_id not in sweep.tested:
         return Answer(standings, winner, sweep.baseline, warnings=warnings)
+    return _tested_answer(sweep, winner, standings=standings, warnings=warnings)
+
+
+def _tested_answer(
+    sweep: SweepRecord, winner: TrialRecord, *, standings: tuple[Standing, ...], warnings: tuple[str, ...]
+) -> Answer:
+    """The answer with what the test part says. The baseline is one comparison, planned beforehand; the others share
+    the risk of being many."""
     won, groups = _margins(sweep, winner, "test")
-    baseline = sweep.baseline
-    alike = _alike(sweep, winner, valid)
-    differences = _test_differences(sweep, winner, valid)
-    tested_baseline = baseline is not None and baseline.trial_id in sweep.tested
+    baseline, baseline_gain, over = sweep.baseline, None, None
+    if baseline is not None and baseline.trial_id in sweep.tested:
+        lost, _ = _margins(sweep, baseline, "test")
+        baseline_gain = gain_interval(lost, groups)
+        over = gain_difference(won, lost, groups) if baseline is not winner else None
+    others = [s.trial for s in standings if s.trial.score >= 0 and s.trial not in (winner, baseline)]
+    alike = _alike(sweep, winner, others)
+    if over is not None and not over.low > 0:
+        alike = (Alike(baseline, over, "test"), *alike)
+    errors = [d.se for d in _test_differences(sweep, winner, others) if np.isfinite(d.se)]
     return Answer(
-        standings, winner, baseline,
-        test_gain=gain_interval(won, groups),
-        baseline_gain=gain_interval(_margins(sweep, baseline, "test")[0], groups) if tested_baseline else None,
-        over_baseline=(
-            gain_difference(won, _margins(sweep, baseline, "test")[0], groups)
-            if tested_baseline and baseline is not winner else None
-        ),
-        alike=alike,
-        resolvable=RESOLVED_ERRORS * float(np.median([d.se for d in differences])) if differences else None,
+        standings, winner, baseline, test_gain=gain_interval(won, groups), baseline_gain=baseline_gain,
+        over_baseline=over, alike=alike, resolvable=RESOLVED_ERRORS * float(np.median(errors)) if errors else None,
         warnings=warnings,
     )
 
@@ -119,8 +125,7 @@ def trial_folder(sweep: SweepRecord, trial: TrialRecord) -> Path:
     return sweep.folder / "trials" / trial.trial_id
 
 
-def _alike(sweep: SweepRecord, winner: TrialRecord, valid: list[TrialRecord]) -> tuple[Alike, ...]:
-    others = [t for t in valid if t is not winner]
+def _alike(sweep: SweepRecord, winner: TrialRecord, others: list[TrialRecord]) -> tuple[Alike, ...]:
     tested = [t for t in others if t.trial_id in sweep.tested]
     found = {name: (d, "test") for name, d in _indistinguishable(sweep, winner, tested, part="test").items()}
     untested = [t for t in others if t.trial_id not in sweep.tested]
@@ -137,11 +142,10 @@ def _indistinguishable(
     return indistinguishable(won, margins_of, groups, confidence=LOOK_CONFIDENCE)
 
 
-def _test_differences(sweep: SweepRecord, winner: TrialRecord, valid: list[TrialRecord]) -> list[Difference]:
+def _test_differences(sweep: SweepRecord, winner: TrialRecord, others: list[TrialRecord]) -> list[Difference]:
     won, groups = _margins(sweep, winner, "test")
-    others = [t for t in valid if t is not winner and t.trial_id in sweep.tested]
-    found = [gain_difference(won, _margins(sweep, t, "test")[0], groups) for t in others]
-    return [difference for difference in found if np.isfinite(difference.se)]
+    tested = [trial for trial in others if trial.trial_id in sweep.tested]
+    return [gain_difference(won, _margins(sweep, trial, "test")[0], groups) for trial in tested]
 
 
 def _margins(sweep: SweepRecord, trial: TrialRecord, part: str) -> tuple[np.ndarray, np.ndarray]:

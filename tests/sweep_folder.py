@@ -28,9 +28,9 @@ def margins(strength: float, *, pairs: int, seed: int) -> np.ndarray:
 
 
 def write_sweep(
-    folder: Path, strengths: dict[str, float], *, pairs: int = 400, tested: bool = True, end: EndState = EndState.COMPLETED
+    folder: Path, strengths: dict[str, float | tuple[float, float]], *, pairs: int = 400, tested: bool = True, end: EndState = EndState.COMPLETED
 ) -> SweepRecord:
-    """One trial per entry (the first is the baseline), margins of the given strength on select and test."""
+    """One trial per entry (the first is the baseline), margins of the given strength on select and test (or of two)."""
     ledger = Ledger(folder / "ledger.jsonl")
     ledger.append("sweep", format=1, sweep_id="cafe", name="made", spec_hash="0", facts={"pairs": {}})
     for number, (name, strength) in enumerate(strengths.items()):
@@ -42,7 +42,8 @@ def write_sweep(
         gain = -1.0
         for part, file in (("select", "evaluations"), ("test", "test")):
             seed = {"select": 1, "test": 2}[part]
-            h = margins(strength, pairs=pairs, seed=seed).astype(np.float32)
+            on_part = strength if isinstance(strength, float) else strength[part == "test"]
+            h = margins(on_part, pairs=pairs, seed=seed).astype(np.float32)
             stored = EvaluationLog.of_parts({part: _part(pairs, seed)})
             stored.add(part, STEP, np.stack([h, np.zeros_like(h)], axis=1))
             stored.save(home / f"{file}.safetensors")

@@ -33,6 +33,16 @@ def test_when_the_baseline_is_first_that_is_the_answer(tmp_path: Path) -> None:
     assert not any("Minus the baseline" in line for line in lines)
 
 
+def test_one_that_does_better_on_test_is_said_to_and_not_called_alike(tmp_path: Path) -> None:
+    sweep = write_sweep(tmp_path, {"base": 0.1, "first": (1.0, 0.2), "unlucky": (0.98, 1.0)}, pairs=800)
+    answer = find_answer(sweep)
+    assert answer.winner.trial_id == "first"  # selection is by select, whatever test says
+    assert [alike.trial.trial_id for alike in answer.alike if alike.better] == ["unlucky"]
+    lines = answer_lines(sweep, answer)
+    assert lines[0].startswith("No clear best") and "unlucky" in lines[0]
+    assert answer_json(sweep, answer)["better_on_test"] == ["unlucky"]
+
+
 def test_the_quoted_gain_is_of_the_test_part_and_the_difference_is_paired(tmp_path: Path) -> None:
     sweep = write_sweep(tmp_path, {"base": 0.2, "good": 1.0}, pairs=500)
     answer = find_answer(sweep)

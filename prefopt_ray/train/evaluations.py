@@ -13,9 +13,11 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from safetensors import SafetensorError
 from safetensors.numpy import load_file, save_file
 
 from prefopt_ray.engine.base import ReferencedPairs
+from prefopt_ray.errors import CheckpointError
 from prefopt_ray.losses.stats import PairStats
 
 
@@ -38,7 +40,11 @@ class EvaluationLog:
 
     @classmethod
     def load(cls, path: Path) -> "EvaluationLog":
-        return cls(load_file(path))
+        """Raises CheckpointError when the file is missing or torn."""
+        try:
+            return cls(load_file(path))
+        except (OSError, SafetensorError) as error:
+            raise CheckpointError(f"{path}: missing or torn ({error})") from error
 
     def save(self, path: Path) -> None:
         partial = path.with_suffix(".tmp")
