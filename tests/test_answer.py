@@ -4,7 +4,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from sweep_folder import margins, write_sweep
+from sweep_folder import STEP, margins, write_sweep
 
 from prefopt_ray.answer import find_answer, finalists
 from prefopt_ray.report import answer_json, answer_lines, leaderboard
@@ -87,3 +87,17 @@ def test_the_answer_is_json_even_when_nothing_is_known(tmp_path: Path) -> None:
 
     sweep = write_sweep(tmp_path, {"base": 0.2}, pairs=2)
     json.loads(json.dumps(answer_json(sweep, find_answer(sweep)), allow_nan=False))
+
+
+def test_a_gold_sweep_without_samples_at_step_0_still_answers(tmp_path: Path) -> None:
+    sweep = write_sweep(tmp_path, {"base": 0.2, "good": 1.0})
+    for trial in sweep.trials.values():
+        trial.reports[STEP].metrics["gold/reward"] = 1.25
+    lines = " ".join(answer_lines(sweep, find_answer(sweep)))
+    assert "gold reward): 1.25 for the best" in lines and "base model has" not in lines
+
+
+def test_a_finalist_that_could_not_be_scored_is_named(tmp_path: Path) -> None:
+    sweep = write_sweep(tmp_path, {"base": 0.2, "good": 1.0}, tested=False)
+    sweep.untested["good"] = "step-00000004/state.json: does not match its sha256"
+    assert "could not be scored on test: step-00000004" in " ".join(answer_lines(sweep, find_answer(sweep)))

@@ -284,3 +284,14 @@ def test_step_metrics_cost_little_beside_a_step() -> None:
         saturation(stats, card, params)
         taken.append(time.process_time() - start)
     assert float(np.median(taken)) < 0.01
+
+
+def test_running_out_of_memory_after_an_evaluation_keeps_what_it_measured(tmp_path: Path) -> None:
+    worker = tiny_worker()
+    trial = TrialState.open(evaluated_at(trial_config(steps=4), 0, 1, 4), worker, folder=tmp_path)
+    trial.report()
+    worker.engine.step([trial])
+    measured = trial.report()
+    ended = trial.end(EndState.OUT_OF_MEMORY, "CUDA out of memory")
+    assert ended.end_state is EndState.OUT_OF_MEMORY and ended.step == measured.step
+    assert ended.metrics == measured.metrics and ended.best_step == measured.best_step == 1

@@ -67,6 +67,22 @@ def test_tpe_moves_towards_what_scored_well() -> None:
     assert late[7] < 0.15  # median of the late proposals; a uniform draw's median of |beta - .02| is far larger
 
 
+def test_tpe_learns_within_eight_trials() -> None:
+    space = {"sigmoid": {"beta": LogUniform(1e-3, 1.0), "learning_rate": Choices((1e-4,))}}
+
+    def proposals(best: float) -> list[float]:
+        tpe = Tpe(space, trials_per_loss=8, seed=0, baseline=BASELINE, earlier=[])
+        betas = []
+        for point in iter(tpe.propose, None):
+            betas.append(point.values["beta"])
+            tpe.tell(point, -abs(point.values["beta"] - best))
+        return betas[1:]
+
+    low, high = proposals(0.001), proposals(1.0)
+    assert low[:3] == high[:3]  # drawn before anything is known
+    assert low[4:] != high[4:]
+
+
 def test_a_resumed_tpe_knows_earlier_scores_and_repeats_nothing() -> None:
     space = {"sigmoid": {"beta": LogUniform(1e-3, 1.0), "learning_rate": Choices((1e-4,))}}
     first = Tpe(space, trials_per_loss=12, seed=0, baseline=BASELINE, earlier=[])
