@@ -3,6 +3,7 @@ float32, and a content digest that names exactly what was loaded. Loading errors
 """
 
 import hashlib
+import logging
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,6 +16,8 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTra
 from transformers.utils import ModelOutput
 
 from prefopt_ray.errors import ModelError, Problem
+
+log = logging.getLogger(__name__)
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
@@ -72,9 +75,16 @@ def check_tokens_fit(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase,
 
 
 def check_length_fits(model: PreTrainedModel, *, longest: int) -> None:
-    """Raise ModelError when a pair is longer than the positions the model was made for."""
+    """Raise ModelError when a pair has more tokens than the model has learned positions.
+
+    Rotary positions go on beyond what the model was trained for; that is only warned about.
+    """
     limit = getattr(model.config, "max_position_embeddings", None)
-    if limit is not None and longest > limit:
+    if limit is None or longest <= limit:
+        return
+    if getattr(model.config, "rope_parameters", None) or hasattr(model.config, "rope_theta"):
+        log.warning("a pair has %d tokens; %s was made for %d", longest, model.config._name_or_path, limit)
+    else:
         raise ModelError(Problem(
             place=str(model.config._name_or_path), key="data.max_tokens", found=f"a pair of {longest} tokens",
             rule=f"the model has {limit} positions", fix=f"set data.max_tokens to {limit} or less",

@@ -24,6 +24,7 @@ from transformers import (
 
 from prefopt_ray.engine.loading import (
     ModelSource,
+    check_length_fits,
     check_tokens_fit,
     decoder_and_head,
     load_model,
@@ -286,3 +287,16 @@ def test_the_same_folder_loads_to_the_same_numbers(folder: Path) -> None:
     pairs = random_pairs(3)
     by_hand = AutoModelForCausalLM.from_pretrained(folder)
     assert np.array_equal(slow_logps(load(folder), pairs), slow_logps(by_hand, pairs))
+
+
+def test_pairs_beyond_learned_positions_are_refused_and_beyond_rotary_ones_warned_about(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    from transformers import GPT2Config, GPT2LMHeadModel
+
+    learned = GPT2LMHeadModel(GPT2Config(vocab_size=8, n_embd=8, n_layer=1, n_head=1, n_positions=16))
+    check_length_fits(learned, longest=16)
+    with pytest.raises(ModelError, match="set data.max_tokens to 16 or less"):
+        check_length_fits(learned, longest=17)
+    check_length_fits(tiny_llama(), longest=10_000)
+    assert "10000 tokens" in caplog.text
