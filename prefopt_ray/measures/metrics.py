@@ -8,7 +8,6 @@ not finite stays so here and ends the trial in `verdicts`. Knows no history and 
 import math
 from collections.abc import Mapping
 from dataclasses import fields, replace
-from statistics import NormalDist
 
 import numpy as np
 import torch
@@ -184,19 +183,6 @@ def calibration_error(u: np.ndarray) -> float:
     bins = np.minimum((probability * 10).astype(int), 9)
     surplus = np.bincount(bins, weights=won - probability, minlength=10)  # (accuracy - confidence) x count
     return float(np.abs(surplus).sum() / len(u))
-
-
-def wilson_interval(successes: float, n: int, *, confidence: float = 0.95) -> tuple[float, float]:
-    """Wilson's interval for a proportion (1927); `successes` may count ties as halves. n = 0 gives (0, 1)."""
-    if not 0 <= successes <= n:
-        raise ValueError(f"needs 0 <= successes <= n, got {successes} of {n}")
-    if n == 0:
-        return 0.0, 1.0
-    z = NormalDist().inv_cdf((1 + confidence) / 2)
-    share = successes / n
-    centre = (share + z**2 / (2 * n)) / (1 + z**2 / n)
-    half = z / (1 + z**2 / n) * math.sqrt(share * (1 - share) / n + z**2 / (4 * n**2))
-    return max(0.0, centre - half), min(1.0, centre + half)
 
 
 def _exact(stats: PairStats) -> PairStats:

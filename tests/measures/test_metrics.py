@@ -23,7 +23,6 @@ from prefopt_ray.measures.metrics import (
     saturation,
     select_metric_keys,
     select_metrics,
-    wilson_interval,
 )
 
 EVERY_CARD = pytest.mark.parametrize("card", CARDS.values(), ids=CARDS.keys())
@@ -267,13 +266,3 @@ def test_calibration_error_is_zero_for_honest_and_large_for_boastful_probabiliti
     assert math.isnan(calibration_error(np.array([1.0, math.nan])))
     boast = np.concatenate([np.full(75, 800.0), np.full(25, -800.0)])  # certain, and right three times in four
     assert calibration_error(boast) == pytest.approx(0.25)
-
-
-def test_wilson_intervals_agree_with_published_values_and_stay_in_range():
-    low, high = wilson_interval(81, 263)  # Newcombe 1998, table I: .2553 to .3662
-    assert (low, high) == (pytest.approx(0.2553, abs=1e-4), pytest.approx(0.3662, abs=1e-4))
-    assert wilson_interval(0, 20) == (0.0, pytest.approx(0.1611, abs=1e-4))
-    assert wilson_interval(20, 20)[1] == 1.0 and wilson_interval(0, 0) == (0.0, 1.0)
-    assert wilson_interval(10.5, 21)[0] < 0.5 < wilson_interval(10.5, 21)[1]  # ties count halves
-    with pytest.raises(ValueError, match="22 of 21"):
-        wilson_interval(22, 21)
