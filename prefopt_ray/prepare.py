@@ -27,8 +27,10 @@ from prefopt_ray.engine.reference import Progress, ReferenceKey, reference_parts
 from prefopt_ray.gold.base import ensure_gold_base
 from prefopt_ray.gold.pairs import gold_rows
 from prefopt_ray.gold.scorer import GoldScorer
+from prefopt_ray.losses.cards import find_card
 from prefopt_ray.pairs.config import PairsConfig, PartConfig, SourceConfig
 from prefopt_ray.pairs.load import LoadedPairs, load_sweep_data
+from prefopt_ray.pairs.shapes import SCORE_KEYS
 from prefopt_ray.pairs.tokens import SweepData
 from prefopt_ray.spec import OtherModel, PartSpec, SweepSpec
 from prefopt_ray.train import Worker, make_worker
@@ -58,6 +60,7 @@ class WorkerBlueprint:
     threads: int
     device: str  # cpu | cuda
     micro_batch_pairs: int
+    needs: frozenset[str] = frozenset()  # of all losses that will train
     parts: dict[str, ReferencedPairs] | None = None  # None: the reference pass is still to be made
 
     def __call__(self) -> Worker:
@@ -99,12 +102,16 @@ class WorkerBlueprint:
         self, data: SweepData, *, cache: Path | None, progress: Progress | None = None
     ) -> "WorkerBlueprint":
         """The blueprint with reference log-probs: from the cache, or by loading the model for one pass."""
-        known = stored_parts(data, self.reference_key(), cache=cache)
-        if len(known) < len(data.parts):
+        known = self.stored_reference(data, cache=cache)
+        if known is None:
             known = reference_parts(
-                self.open_engine(), data, self.reference_key(), cache=cache, progress=progress
+                self.open_engine(), data, self.reference_key(), cache=cache, needs=self.needs, progress=progress
             )
         return replace(self, parts=known)
+
+    def stored_reference(self, data: SweepData, *, cache: Path | None) -> dict[str, ReferencedPairs] | None:
+        """The parts with their reference log-probs where all of them are in the cache."""
+        return stored_parts(data, self.reference_key(), cache=cache, needs=self.needs)
 
     def reference_key(self) -> ReferenceKey:
         dtype = f"{self.model.dtype}{'/autocast' if self.full_finetuning else ''}"
@@ -167,6 +174,7 @@ def prepare(spec: SweepSpec, *, stage: Stage, device: str, threads: int) -> Prep
         threads=threads,
         device=device,
         micro_batch_pairs=_micro_batch(spec, len(loaded.data.train), longest),
+        needs=frozenset().union(*(find_card(loss).needs for loss in (spec.baseline_values()[0], *spec.loss_spaces()))),
     )
     return Prepared(_at_commit(spec, source), blueprint, tokenizer, loaded)
 
@@ -217,7 +225,8 @@ def pairs_config(spec: SweepSpec, source: ModelSource) -> PairsConfig:
 def _source(part: PartSpec, name: str, model: ModelSource) -> SourceConfig:
     if part.source == GOLD:
         rows = gold_rows(Path(model.model), split=name, pairs=part.pairs)
-        return SourceConfig(source=GOLD, split=name, rows=tuple(rows))
+        scores = {key: key for key in SCORE_KEYS}
+        return SourceConfig(source=GOLD, split=name, columns=scores, rows=tuple(rows))
     return SourceConfig(
         source=part.source, split=part.split or "train", data_dir=_tuple(part.data_dir), files=_tuple(part.files),
         revision=part.revision, columns=dict(part.columns or {}),

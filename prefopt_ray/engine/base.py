@@ -4,8 +4,8 @@ An engine knows weights, slots and optimizers. It does not know schedules, losse
 files of a sweep, Ray or MLflow.
 """
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Protocol
 
@@ -13,6 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from prefopt_ray.losses.cards import LossCard
 from prefopt_ray.losses.stats import PairStats
 from prefopt_ray.pairs.tokens import PairTokens, Ragged
 from prefopt_ray.trial import ExecutionPlan, TrialConfig
@@ -26,12 +27,15 @@ class ReferencedPairs:
 
     tokens: PairTokens
     reference: np.ndarray  # (N, 2) float32: chosen, rejected; summed nats
+    # Where a loss needs them, by the need's name (see engine.extras): derived pairs of the same rows.
+    derived: Mapping[str, "ReferencedPairs"] = field(default_factory=dict)
 
     def __len__(self) -> int:
         return len(self.tokens)
 
     def take(self, indices: np.ndarray) -> "ReferencedPairs":
-        return ReferencedPairs(self.tokens.take(indices), self.reference[indices])
+        derived = {need: pairs.take(indices) for need, pairs in self.derived.items()}
+        return ReferencedPairs(self.tokens.take(indices), self.reference[indices], derived)
 
 
 @dataclass(frozen=True)
@@ -62,6 +66,7 @@ class SteppedTrial(Protocol):
 
     slot: int
     config: TrialConfig
+    card: LossCard  # what its loss needs, and whether it looks at pairs one by one or at the whole batch
 
     @property
     def learning_rate(self) -> float:
@@ -78,7 +83,8 @@ class SteppedTrial(Protocol):
         ...
 
     def loss(self, stats: PairStats) -> Tensor:
-        """(b,) loss of each pair, differentiable in the policy log-probs."""
+        """(b,) loss of each pair, differentiable in the policy's statistics. A loss of batch scope is given the
+        whole step's pairs."""
         ...
 
     def finish_step(self, outcome: StepOutcome) -> None: ...
@@ -119,16 +125,29 @@ class Engine(Protocol):
         ...
 
 
-def pair_stats(pairs: ReferencedPairs, policy: Tensor) -> PairStats:
-    """PairStats of pairs and their policy log-probs (B, 2), on the policy tensor's device."""
-    device = policy.device
-    reference = torch.as_tensor(np.array(pairs.reference), device=device)  # a copy: stored arrays are read-only
+def pair_stats(pairs: ReferencedPairs, policy: Tensor, **extras: Tensor) -> PairStats:
+    """PairStats of pairs and their policy log-probs (B, 2), on the policy tensor's device.
+
+    `extras` are the optional fields that the engine computed; those that come from the data or the reference alone
+    are added here.
+    """
+    def on_device(array: np.ndarray) -> Tensor:
+        return torch.as_tensor(np.array(array), device=policy.device)  # a copy: stored arrays are read-only
+
+    reference, tokens = on_device(pairs.reference), pairs.tokens
+    if "per_token" in pairs.derived:
+        prefix = on_device(pairs.derived["per_token"].reference)
+        extras |= {"reference_chosen_prefix": prefix[:, 0], "reference_rejected_prefix": prefix[:, 1]}
+    if tokens.scores is not None:
+        scores = on_device(tokens.scores)
+        extras |= {"chosen_score": scores[:, 0], "rejected_score": scores[:, 1]}
     return PairStats(
-        row_ids=torch.as_tensor(np.array(pairs.tokens.row_ids), device=device),
+        row_ids=on_device(tokens.row_ids),
         policy_chosen=policy[:, 0],
         policy_rejected=policy[:, 1],
         reference_chosen=reference[:, 0],
         reference_rejected=reference[:, 1],
-        chosen_tokens=torch.as_tensor(pairs.tokens.chosen.lengths, device=device),
-        rejected_tokens=torch.as_tensor(pairs.tokens.rejected.lengths, device=device),
+        chosen_tokens=on_device(tokens.chosen.lengths),
+        rejected_tokens=on_device(tokens.rejected.lengths),
+        **extras,
     )

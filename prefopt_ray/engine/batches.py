@@ -18,6 +18,7 @@ class SequenceBatch:
     positions: Tensor  # (N,) int64 into the flattened (R * T); the logits there predict `targets`
     targets: Tensor  # (N,) int64
     rows: Tensor  # (N,) int64: which sequence a position belongs to
+    places: Tensor  # (N,) int64: which token of its completion it predicts, from 0
 
     @property
     def row_count(self) -> int:
@@ -41,7 +42,7 @@ def sequence_batch(
     width = max(lengths)
     ids = np.full((len(prompts), width), pad_id, dtype=np.int64)
     mask = np.zeros((len(prompts), width), dtype=np.int64)
-    positions, targets, rows = [], [], []
+    positions, targets, rows, places = [], [], [], []
     for row, (prompt, completion) in enumerate(zip(prompts, completions, strict=True)):
         start = len(prompt)
         ids[row, :start], ids[row, start : lengths[row]] = prompt, completion
@@ -49,7 +50,8 @@ def sequence_batch(
         positions.append(np.arange(start - 1, lengths[row] - 1) + row * width)
         targets.append(completion.astype(np.int64))
         rows.append(np.full(len(completion), row, dtype=np.int64))
-    arrays = (ids, mask, np.concatenate(positions), np.concatenate(targets), np.concatenate(rows))
+        places.append(np.arange(len(completion)))
+    arrays = (ids, mask, *(np.concatenate(column) for column in (positions, targets, rows, places)))
     return SequenceBatch(*(torch.from_numpy(a).to(device) for a in arrays))
 
 

@@ -3,6 +3,7 @@ in chunks, reduced in float32. Memory does not grow with vocabulary x length.
 """
 
 from collections.abc import Callable
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -16,21 +17,30 @@ CHUNK_ELEMENTS = 2**25  # logits held at once; 128 MiB in float32
 
 
 def completion_logps(hidden: Tensor, batch: SequenceBatch, *, head: Head, vocabulary: int) -> Tensor:
-    """(R,) float32 summed log-probs of each sequence's completion; `hidden` is (R, T, d)."""
-    states = hidden.reshape(-1, hidden.shape[-1])[batch.positions]  # (N, d)
-    chunk = max(1, CHUNK_ELEMENTS // vocabulary)
-    # A single small chunk is cheaper to keep than to compute twice.
-    recompute = torch.is_grad_enabled() and len(states) * vocabulary > CHUNK_ELEMENTS // 8
-    pieces = []
-    for start in range(0, len(states), chunk):
-        part = (states[start : start + chunk], batch.targets[start : start + chunk], head)
-        if recompute:
-            pieces.append(checkpoint(_token_logps, *part, use_reentrant=False, preserve_rng_state=False))
-        else:
-            pieces.append(_token_logps(*part))
-    logps = torch.cat(pieces)  # (N,)
-    # Laid out by row and summed, not index_add: that adds in no fixed order on a GPU.
-    by_row = torch.zeros(batch.input_ids.numel(), device=logps.device).index_copy(0, batch.positions, logps)
+    """(N,) float32 log-probs of the completion tokens at the batch's positions; `hidden` is (R, T, d)."""
+    return _in_chunks(partial(_token_logps, head), (_at_positions(hidden, batch), batch.targets), vocabulary=vocabulary)
+
+
+def token_square_sums(hidden: Tensor, batch: SequenceBatch, *, head: Head, vocabulary: int) -> Tensor:
+    """(N,) log of the sum over the vocabulary of the squared probabilities at each position. No gradient."""
+    with torch.no_grad():
+        return _in_chunks(partial(_log_square_sum, head), (_at_positions(hidden, batch),), vocabulary=vocabulary)
+
+
+def reference_divergences(
+    policy_hidden: Tensor, reference_hidden: Tensor, batch: SequenceBatch, *, heads: tuple[Head, Head], vocabulary: int
+) -> Tensor:
+    """(N,) KL(ref || pi) in nats at each position, differentiable in the policy."""
+    states = (_at_positions(policy_hidden, batch), _at_positions(reference_hidden, batch))
+    return _in_chunks(partial(_reference_divergence, heads), states, vocabulary=3 * vocabulary)
+
+
+def row_sums(values: Tensor, batch: SequenceBatch) -> Tensor:
+    """(N,) values at the batch's positions -> (R,) sums over each completion.
+
+    Laid out by row and summed, not index_add: that adds in no fixed order on a GPU.
+    """
+    by_row = torch.zeros(batch.input_ids.numel(), device=values.device).index_copy(0, batch.positions, values)
     return by_row.view(batch.input_ids.shape).sum(1)
 
 
@@ -53,6 +63,38 @@ def divergence_sums(
     return kl, entropy
 
 
-def _token_logps(states: Tensor, targets: Tensor, head: Head) -> Tensor:
+def _at_positions(hidden: Tensor, batch: SequenceBatch) -> Tensor:
+    return hidden.reshape(-1, hidden.shape[-1])[batch.positions]  # (N, d)
+
+
+def _in_chunks(compute: Callable[..., Tensor], columns: tuple[Tensor, ...], *, vocabulary: int) -> Tensor:
+    """`compute` over rows of the columns, (N,), never holding more than CHUNK_ELEMENTS logits."""
+    rows = len(columns[0])
+    chunk = max(1, CHUNK_ELEMENTS // vocabulary)
+    # A single small chunk is cheaper to keep than to compute twice.
+    recompute = torch.is_grad_enabled() and rows * vocabulary > CHUNK_ELEMENTS // 8
+    pieces = []
+    for start in range(0, rows, chunk):
+        part = tuple(column[start : start + chunk] for column in columns)
+        if recompute:
+            pieces.append(checkpoint(compute, *part, use_reentrant=False, preserve_rng_state=False))
+        else:
+            pieces.append(compute(*part))
+    return torch.cat(pieces)
+
+
+def _token_logps(head: Head, states: Tensor, targets: Tensor) -> Tensor:
     logits = head(states).float()  # (n, V)
     return logits.gather(-1, targets[:, None])[:, 0] - logits.logsumexp(-1)
+
+
+def _log_square_sum(head: Head, states: Tensor) -> Tensor:
+    logits = head(states).float()
+    return (2 * logits).logsumexp(-1) - 2 * logits.logsumexp(-1)
+
+
+def _reference_divergence(heads: tuple[Head, Head], policy: Tensor, reference: Tensor) -> Tensor:
+    with torch.no_grad():
+        log_ref = torch.log_softmax(heads[1](reference).float(), dim=-1)  # (n, V)
+    log_pi = torch.log_softmax(heads[0](policy).float(), dim=-1)
+    return (log_ref.exp() * (log_ref - log_pi)).sum(-1)

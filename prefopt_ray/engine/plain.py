@@ -31,7 +31,13 @@ from prefopt_ray.engine.base import (
     pair_stats,
 )
 from prefopt_ray.engine.batches import SequenceBatch, left_padded, pair_batch, ragged, scoring_order, sequence_batch
-from prefopt_ray.engine.head import completion_logps, divergence_sums
+from prefopt_ray.engine.head import (
+    completion_logps,
+    divergence_sums,
+    reference_divergences,
+    row_sums,
+    token_square_sums,
+)
 from prefopt_ray.engine.loading import decoder_and_head
 from prefopt_ray.errors import ModelError, Problem
 from prefopt_ray.losses.stats import PairStats
@@ -185,18 +191,84 @@ class PlainEngine:
 
     def _accumulate(self, trial: SteppedTrial, pairs: ReferencedPairs) -> tuple[PairStats, Tensor]:
         """Gradient of the mean loss over all pairs, micro-batch by micro-batch; their statistics and losses (B,)."""
-        training = trial.config.training
+        size = trial.config.training.micro_batch_pairs
+        parts = [pairs.take(np.arange(i, min(i + size, len(pairs)))) for i in range(0, len(pairs), size)]
+        if trial.card.scope == "batch" and len(parts) > 1:
+            return self._accumulate_whole(trial, parts)
         gathered: list[PairStats] = []
         losses: list[Tensor] = []
-        for start in range(0, len(pairs), training.micro_batch_pairs):
-            part = pairs.take(np.arange(start, min(start + training.micro_batch_pairs, len(pairs))))
-            with _recomputed_layers(self._model) if training.gradient_checkpointing else nullcontext():
-                stats = pair_stats(part, self._pair_logps(self._model, part.tokens))
+        for part in parts:
+            stats = self._statistics(trial, part)
             loss = trial.loss(stats)  # (b,)
             (loss.sum() / len(pairs)).backward()
             gathered.append(stats.detach())
             losses.append(loss.detach())
         return PairStats.gather(gathered), torch.cat(losses)
+
+    def _accumulate_whole(self, trial: SteppedTrial, parts: list[ReferencedPairs]) -> tuple[PairStats, Tensor]:
+        """The same for a loss that looks at the whole batch, in two passes: first every pair's statistics and the
+        loss's slope in each, then the micro-batches again, each pulled by its slopes."""
+        with torch.no_grad():
+            whole = PairStats.gather([self._statistics(trial, part) for part in parts])
+        leaves = whole.map(lambda values: values.clone().requires_grad_() if values.is_floating_point() else values)
+        losses = trial.loss(leaves)  # (B,)
+        losses.mean().backward()
+        slopes = {name: leaf.grad for name, leaf in leaves.present().items() if leaf.grad is not None}
+        start = 0
+        for part in parts:
+            stats = self._statistics(trial, part)
+            pull = [
+                (slopes[name][start : start + len(part)] * values).sum()
+                for name, values in stats.present().items() if name in slopes and values.requires_grad
+            ]
+            sum(pull).backward()
+            start += len(part)
+        return whole, losses.detach()
+
+    def _statistics(self, trial: SteppedTrial, pairs: ReferencedPairs) -> PairStats:
+        """What the trial's card needs, differentiable where a gradient flows through it."""
+        with _recomputed_layers(self._model) if trial.config.training.gradient_checkpointing else nullcontext():
+            batch = pair_batch(pairs.tokens, pad_id=self._pad_id, device=self.device)
+            # The reference first: switching adapters must not happen between a forward and its backward.
+            with torch.no_grad():
+                extras = self._extras_without_gradient(trial, pairs)
+                reference = self._reference_hidden(batch) if "distribution" in trial.card.needs else None
+            with self._precision():
+                hidden = self._hidden(self._model, batch)
+                extras |= self._extras_of_policy(trial.card.needs, hidden, reference, batch=batch)
+                logps = completion_logps(hidden, batch, head=self._head, vocabulary=self._vocabulary)
+        if "per_token" in trial.card.needs:
+            shorter = np.minimum(pairs.tokens.chosen.lengths, pairs.tokens.rejected.lengths)
+            limit = torch.as_tensor(np.concatenate([shorter, shorter]), device=self.device)[batch.rows]  # (N,)
+            prefix = _by_side(row_sums(logps.where(batch.places < limit, 0.0), batch))
+            extras |= {"policy_chosen_prefix": prefix[:, 0], "policy_rejected_prefix": prefix[:, 1]}
+        return pair_stats(pairs, _by_side(row_sums(logps, batch)), **extras)
+
+    def _extras_without_gradient(self, trial: SteppedTrial, pairs: ReferencedPairs) -> dict[str, Tensor]:
+        if "mismatched" not in trial.card.needs:
+            return {}
+        other = pairs.derived["mismatched"]
+        drift = self._pair_logps(self._model, other.tokens) - torch.as_tensor(other.reference, device=self.device)
+        return {"mismatched_drift": drift.mean(1)}
+
+    def _extras_of_policy(
+        self, needs: frozenset[str], hidden: Tensor, reference: Tensor | None, *, batch: SequenceBatch
+    ) -> dict[str, Tensor]:
+        extras: dict[str, Tensor] = {}
+        if "token_sq" in needs:
+            squares = token_square_sums(hidden, batch, head=self._head, vocabulary=self._vocabulary)
+            chosen, rejected = _by_side(row_sums(squares, batch)).unbind(1)
+            extras |= {"chosen_token_sq": chosen, "rejected_token_sq": rejected}
+        if reference is not None:
+            heads = (self._head, partial(self._logits, REFERENCE))
+            divergences = reference_divergences(hidden, reference, batch, heads=heads, vocabulary=self._vocabulary)
+            chosen, rejected = _by_side(row_sums(divergences, batch)).unbind(1)
+            extras |= {"chosen_kl": chosen, "rejected_kl": rejected}
+        return extras
+
+    def _reference_hidden(self, batch: SequenceBatch) -> Tensor:
+        with self._policy(REFERENCE) as model, self._precision():
+            return self._hidden(model, batch)
 
     def _apply(self, slot: Slot, learning_rate: float, *, measure: bool) -> float | None:
         for group in slot.optimizer.param_groups:
@@ -224,8 +296,8 @@ class PlainEngine:
         batch = pair_batch(pairs, pad_id=self._pad_id, device=self.device)
         with self._precision():
             hidden = self._hidden(model, batch)
-            sums = completion_logps(hidden, batch, head=self._head_of(model), vocabulary=self._vocabulary)
-        return torch.stack([sums[: len(pairs)], sums[len(pairs) :]], dim=1)
+            logps = completion_logps(hidden, batch, head=self._head_of(model), vocabulary=self._vocabulary)
+        return _by_side(row_sums(logps, batch))
 
     def _hidden(self, model: PreTrainedModel, batch: SequenceBatch) -> Tensor:
         decoder = self._decoder if model is self._model else model.get_decoder()
@@ -376,6 +448,11 @@ def _own_generation_config_hidden(model: PreTrainedModel) -> Iterator[None]:
         yield
     finally:
         model.generation_config = own
+
+
+def _by_side(sums: Tensor) -> Tensor:
+    """(2B,) chosen rows first -> (B, 2)."""
+    return sums.view(2, -1).T
 
 
 def _norm(tensors: list[Tensor]) -> Tensor:

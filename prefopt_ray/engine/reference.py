@@ -11,7 +11,7 @@ import logging
 import os
 import tempfile
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -19,6 +19,7 @@ from safetensors import SafetensorError
 from safetensors.numpy import load_file, save_file
 
 from prefopt_ray.engine.base import REFERENCE, Engine, ReferencedPairs
+from prefopt_ray.engine.extras import DERIVED
 from prefopt_ray.engine.plain import SCORING_TOKENS
 from prefopt_ray.errors import ModelError, Problem
 from prefopt_ray.pairs.tokens import PairTokens, SweepData
@@ -39,19 +40,30 @@ class ReferenceKey:
 
     def digest(self, pairs: PairTokens) -> str:
         hasher = hashlib.sha256(json.dumps([*vars(self).values(), SCORING_TOKENS]).encode())
-        for name, array in sorted(pairs.arrays().items()):
+        arrays = replace(pairs, scores=None).arrays()  # what a completion is worth changes no log-prob
+        for name, array in sorted(arrays.items()):
             hasher.update(f"{name}{array.dtype}{array.shape}".encode())
             hasher.update(np.ascontiguousarray(array).tobytes())
         return hasher.hexdigest()[:32]
 
 
 def reference_parts(
-    engine: Engine, data: SweepData, key: ReferenceKey, *, cache: Path | None, progress: Progress | None = None
+    engine: Engine,
+    data: SweepData,
+    key: ReferenceKey,
+    *,
+    cache: Path | None,
+    needs: frozenset[str] = frozenset(),
+    progress: Progress | None = None,
 ) -> dict[str, ReferencedPairs]:
-    """train, select and test with their reference log-probs, from the cache or by one pass each."""
-    known = stored_parts(data, key, cache=cache)
-    total = sum(len(part) for part in data.parts.values())
-    done = sum(len(part) for part in known.values())
+    """train, select and test with their reference log-probs, from the cache or by one pass each.
+
+    `needs` are those of the losses that will train: what they take of the reference beside the pairs themselves is
+    scored with them. Raises ModelError for log-probs that are not finite.
+    """
+    scored = _stored(passes := _passes(data, needs), key, cache=cache)
+    total = sum(len(pairs) for pairs in passes.values())
+    done = sum(len(passes[name]) for name in scored)
 
     def advance(pairs: int) -> None:
         nonlocal done
@@ -59,25 +71,48 @@ def reference_parts(
         if progress:
             progress(done, total)
 
-    for name, part in data.parts.items():
-        if name not in known:
-            logps = engine.score(REFERENCE, part, advance=advance)
-            _require_finite(logps, part, part_name=name)
+    for name, pairs in passes.items():
+        if name not in scored:
+            logps = engine.score(REFERENCE, pairs, advance=advance)
+            _require_finite(logps, pairs, part_name=name)
             if cache:
-                _write(_path(cache, key, part), part, logps)
-            known[name] = ReferencedPairs(part, logps)
-    return known
+                _write(_path(cache, key, pairs), pairs, logps)
+            scored[name] = ReferencedPairs(pairs, logps)
+    return _joined_parts(data, scored, needs)
 
 
-def stored_parts(data: SweepData, key: ReferenceKey, *, cache: Path | None) -> dict[str, ReferencedPairs]:
-    """The parts whose reference log-probs are in the cache, sound and complete."""
+def stored_parts(
+    data: SweepData, key: ReferenceKey, *, cache: Path | None, needs: frozenset[str] = frozenset()
+) -> dict[str, ReferencedPairs] | None:
+    """What `reference_parts` gives, where all of it is in the cache, sound and complete; else None."""
+    passes = _passes(data, needs)
+    stored = _stored(passes, key, cache=cache)
+    return _joined_parts(data, stored, needs) if len(stored) == len(passes) else None
+
+
+def _passes(data: SweepData, needs: frozenset[str]) -> dict[str, PairTokens]:
+    """Every set of pairs to score: the parts, and `train <need>` for what is derived from the train part."""
+    derived = {f"train {need}": derive(data.train) for need, derive in DERIVED.items() if need in needs}
+    return data.parts | derived
+
+
+def _stored(passes: dict[str, PairTokens], key: ReferenceKey, *, cache: Path | None) -> dict[str, ReferencedPairs]:
     out = {}
-    for name, part in data.parts.items():
-        path = _path(cache, key, part) if cache else None
-        logps = _read(path, part) if path and path.is_file() else None
+    for name, pairs in passes.items():
+        path = _path(cache, key, pairs) if cache else None
+        logps = _read(path, pairs) if path and path.is_file() else None
         if logps is not None:
-            out[name] = ReferencedPairs(part, logps)
+            out[name] = ReferencedPairs(pairs, logps)
     return out
+
+
+def _joined_parts(
+    data: SweepData, scored: dict[str, ReferencedPairs], needs: frozenset[str]
+) -> dict[str, ReferencedPairs]:
+    derived = {need: scored[f"train {need}"] for need in DERIVED if need in needs}
+    return {
+        name: replace(scored[name], derived=derived) if name == "train" else scored[name] for name in data.parts
+    }
 
 
 def _path(cache: Path, key: ReferenceKey, part: PairTokens) -> Path:

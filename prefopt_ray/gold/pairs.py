@@ -31,13 +31,16 @@ from prefopt_ray.gold.language import (
 
 SPLITS: tuple[str, ...] = ("train", "select", "test")
 
-_ROWS_VERSION = 2  # raise it when the rows of a base model change: their cache files carry it
+_ROWS_VERSION = 3  # raise it when the rows of a base model change: their cache files carry it
+GoldRow = dict[str, str | float]
+
 _CHUNK_PROMPTS = 256  # fixed, so that fewer pairs are always the first of more pairs
 _PROMPT_SHARES = {"train": (0.0, 0.5), "select": (0.5, 0.75), "test": (0.75, 1.0)}
 
 
-def gold_rows(base: Path, *, split: str, pairs: int, seed: int = 0) -> list[dict[str, str]]:
-    """`pairs` rows of text {prompt, chosen, rejected}, such as "a c f b >", " d e a c f", " b b d k p".
+def gold_rows(base: Path, *, split: str, pairs: int, seed: int = 0) -> list[GoldRow]:
+    """`pairs` rows of text {prompt, chosen, rejected}, such as "a c f b >", " d e a c f", " b b d k p", and the
+    completions' true rewards {chosen_score, rejected_score}.
 
     The same arguments give the same rows. Prompts are distinct within a split, and splits share none whatever the
     seeds. Both completions are finished, not empty and not equal. Cached in `base/rows/`. Raises DataError for an
@@ -71,12 +74,12 @@ def _split_prompts(split: str) -> np.ndarray:
     return shuffled[first:last]
 
 
-def _draw_rows(base: Path, *, split: str, pairs: int, seed: int) -> list[dict[str, str]]:
+def _draw_rows(base: Path, *, split: str, pairs: int, seed: int) -> list[GoldRow]:
     rng = np.random.default_rng([seed, SPLITS.index(split)])
     generator = torch.Generator().manual_seed(int(rng.integers(2**63)))
     prompts = prompt_words(rng.permutation(_split_prompts(split)))
     model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32).eval()
-    rows: list[dict[str, str]] = []
+    rows: list[GoldRow] = []
     for start in range(0, len(prompts), _CHUNK_PROMPTS):
         rows += _pairs_of(model, prompts[start : start + _CHUNK_PROMPTS], rng=rng, generator=generator)
         if len(rows) >= pairs:
@@ -89,7 +92,7 @@ def _draw_rows(base: Path, *, split: str, pairs: int, seed: int) -> list[dict[st
 
 def _pairs_of(
     model: PreTrainedModel, prompts: np.ndarray, *, rng: np.random.Generator, generator: torch.Generator
-) -> list[dict[str, str]]:
+) -> list[GoldRow]:
     """Rows of the prompts (N, 4) whose two samples make a pair, in order."""
     twice = np.repeat(prompts, 2, axis=0)
     tokens, lengths, finished = _sample(model, twice, generator=generator)
@@ -101,8 +104,12 @@ def _pairs_of(
     for index, prompt in enumerate(prompts):
         first, second = texts[2 * index], texts[2 * index + 1]
         if finished[2 * index] and finished[2 * index + 1] and first and second and first != second:
-            chosen, rejected = (first, second) if first_wins[index] else (second, first)
-            rows.append({"prompt": prompt_text(prompt), "chosen": chosen, "rejected": rejected})
+            chosen, rejected = (0, 1) if first_wins[index] else (1, 0)
+            rows.append({
+                "prompt": prompt_text(prompt), "chosen": texts[2 * index + chosen],
+                "rejected": texts[2 * index + rejected], "chosen_score": float(rewards[index, chosen]),
+                "rejected_score": float(rewards[index, rejected]),
+            })
     return rows
 
 

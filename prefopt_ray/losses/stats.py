@@ -5,6 +5,7 @@ Notation of SCIENCE and the DPO paper: drift D = log pi(y|x) - log pi_ref(y|x), 
 completion's tokens, in nats; h = D(chosen) - D(rejected).
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass, fields
 
 import torch
@@ -13,7 +14,11 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class PairStats:
-    """B pairs. Log-probs are float32 sums over completion tokens, in nats."""
+    """B pairs. Log-probs are float32 sums over completion tokens, in nats.
+
+    The fields from `policy_chosen_prefix` on are there only where a card `needs` them (named beside each); a loss
+    that reads one which is None is a bug of its card.
+    """
 
     row_ids: Tensor  # (B,) int64
     policy_chosen: Tensor  # (B,)
@@ -22,6 +27,22 @@ class PairStats:
     reference_rejected: Tensor  # (B,)
     chosen_tokens: Tensor  # (B,) int64, counted from the structure, >= 1
     rejected_tokens: Tensor  # (B,)
+    # per_token: log-probs summed over the first min(|yc|, |yr|) completion tokens only
+    policy_chosen_prefix: Tensor | None = None  # (B,)
+    policy_rejected_prefix: Tensor | None = None  # (B,)
+    reference_chosen_prefix: Tensor | None = None  # (B,)
+    reference_rejected_prefix: Tensor | None = None  # (B,)
+    # token_sq: sum over completion positions of log sum_v pi(v)^2, without gradient
+    chosen_token_sq: Tensor | None = None  # (B,)
+    rejected_token_sq: Tensor | None = None  # (B,)
+    # distribution: sum over completion positions of KL(pi_ref || pi), differentiable
+    chosen_kl: Tensor | None = None  # (B,)
+    rejected_kl: Tensor | None = None  # (B,)
+    # mismatched: drift D of another row's completion after this row's prompt, without gradient
+    mismatched_drift: Tensor | None = None  # (B,)
+    # scores: what the data says each completion is worth, in the scorer's unit
+    chosen_score: Tensor | None = None  # (B,)
+    rejected_score: Tensor | None = None  # (B,)
 
     def __len__(self) -> int:
         return self.row_ids.shape[0]
@@ -38,13 +59,23 @@ class PairStats:
     def h(self) -> Tensor:  # (B,)
         return self.drift_chosen - self.drift_rejected
 
+    def map(self, change: Callable[[Tensor], Tensor]) -> "PairStats":
+        """Every field that is there, changed."""
+        return PairStats(**{name: change(value) for name, value in self.present().items()})
+
+    def present(self) -> dict[str, Tensor]:
+        """The fields that are there, by name."""
+        named = {f.name: getattr(self, f.name) for f in fields(self)}
+        return {name: value for name, value in named.items() if value is not None}
+
     def detach(self) -> "PairStats":
-        return PairStats(**{f.name: getattr(self, f.name).detach() for f in fields(self)})
+        return self.map(Tensor.detach)
 
     def cpu(self) -> "PairStats":
-        return PairStats(**{f.name: getattr(self, f.name).cpu() for f in fields(self)})
+        return self.map(Tensor.cpu)
 
     @staticmethod
     def gather(parts: list["PairStats"]) -> "PairStats":
-        """Join micro-batches (or ranks) in order."""
-        return PairStats(**{f.name: torch.cat([getattr(p, f.name) for p in parts]) for f in fields(PairStats)})
+        """Join micro-batches (or ranks) in order; all have the same fields."""
+        columns = [part.present() for part in parts]
+        return PairStats(**{name: torch.cat([column[name] for column in columns]) for name in columns[0]})

@@ -7,7 +7,7 @@ not finite stays so here and ends the trial in `verdicts`. Knows no history and 
 
 import math
 from collections.abc import Mapping
-from dataclasses import fields, replace
+from dataclasses import replace
 
 import numpy as np
 import torch
@@ -189,8 +189,11 @@ def _exact(stats: PairStats) -> PairStats:
     """A float64 CPU copy, outside any graph. Copies always, because inference tensors cannot be differentiated."""
     if len(stats) == 0:
         raise ValueError("no pairs to measure")
-    copies = {f.name: getattr(stats, f.name).detach().to("cpu", copy=True) for f in fields(stats)}
-    return PairStats(**{name: t.double() if t.is_floating_point() else t for name, t in copies.items()})
+    def exact(value: torch.Tensor) -> torch.Tensor:
+        copied = value.detach().to("cpu", copy=True)
+        return copied.double() if copied.is_floating_point() else copied
+
+    return stats.map(exact)
 
 
 def _numpy(values: torch.Tensor) -> np.ndarray:

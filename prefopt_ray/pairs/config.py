@@ -22,7 +22,7 @@ class SourceConfig:
     data_dir: tuple[str, ...] = ()  # hub ids and folders: sub-folders, read in this order
     files: tuple[str, ...] = ()  # hub ids and folders: only these files, read in this order
     revision: str | None = None  # hub ids only
-    columns: Mapping[str, str] = field(default_factory=dict)  # of {prompt, chosen, rejected, system} -> column
+    columns: Mapping[str, str] = field(default_factory=dict)  # role (`shapes.COLUMN_KEYS`) -> column
     rows: tuple[Mapping[str, Any], ...] | None = None  # ready rows; nothing is read from disk
 
 

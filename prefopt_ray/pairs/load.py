@@ -231,6 +231,13 @@ def _warnings(config: PairsConfig, parts: Mapping[str, FilledPart], pools: Mappi
             f"in {merges} of {len(encoded)} pairs the tokenizer would merge characters across the border between "
             "prompt and completion; they are tokenised apart, as when the model generates"
         )
+    scores = [pair.pair.scores for pair in encoded if pair.pair.scores is not None]
+    reversed_scores = sum(chosen < rejected for chosen, rejected in scores)
+    if reversed_scores > len(scores) // 2:
+        warnings.append(
+            f"in {reversed_scores} of {len(scores)} pairs the rejected answer has the higher score; "
+            "are `chosen_score` and `rejected_score` the right way round?"
+        )
     together = sum(pair.runs_together for pair in encoded)
     if config.text == "plain" and together > len(encoded) // 2:
         warnings.append(

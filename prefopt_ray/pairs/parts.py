@@ -61,6 +61,7 @@ class FilledPart:
             prompt=Ragged.from_lists([e.prompt for e in self.encoded]),
             chosen=Ragged.from_lists([e.chosen for e in self.encoded]),
             rejected=Ragged.from_lists([e.rejected for e in self.encoded]),
+            scores=_scores([e.pair for e in self.encoded]),
         )
 
 
@@ -120,6 +121,12 @@ def fill_part(
 def group_id(group: str) -> int:
     """A first human turn as int64; equal across parts and files."""
     return int.from_bytes(hashlib.blake2b(group.encode(), digest_size=8).digest(), "big", signed=True)
+
+
+def _scores(pairs: Sequence[Pair]) -> np.ndarray | None:
+    """(N, 2) float32; None where the source's columns name no scores: all pairs of a part have them, or none has."""
+    scored = [pair.scores for pair in pairs if pair.scores is not None]
+    return np.asarray(scored, dtype=np.float32) if scored else None
 
 
 def refuse_malformed(problems: Sequence[Problem], rows: int) -> None:

@@ -5,10 +5,13 @@ Knows column names, roles and dialogue marks; knows no files and no tokens.
 Columns by rule: `chosen` and `rejected` (also `chosen_response`, `response_chosen` and the like), the prompt
 in the first of `prompt`, `instruction` (an `input` column is appended to it), `question`, `query`, `input`,
 `conversations`, `conversation`, `messages` that exists, else inside chosen and rejected; a `system` column is
-put in front when the conversation has no system turn. Scores and all other columns are ignored.
+put in front when the conversation has no system turn. Scores (`chosen_score`, `rejected_score`) are read only
+where they are named: a sweep that does not use them must not fail on one that is missing. All other columns
+are ignored.
 """
 
 import difflib
+import math
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -22,13 +25,16 @@ from prefopt_ray.pairs.rows import Row, kind_of
 CHOSEN_NAMES = ("chosen", "chosen_response", "response_chosen", "chosen_answer", "preferred")
 REJECTED_NAMES = ("rejected", "rejected_response", "response_rejected", "rejected_answer", "dispreferred")
 PROMPT_NAMES = ("prompt", "instruction", "question", "query", "input", "conversations", "conversation", "messages")
-COLUMN_KEYS = ("prompt", "chosen", "rejected", "system")
+SCORE_KEYS = ("chosen_score", "rejected_score")
+COLUMN_KEYS = ("prompt", "chosen", "rejected", "system", *SCORE_KEYS)
 ROLES = {
     "user": "user", "human": "user", "prompter": "user",
     "assistant": "assistant", "gpt": "assistant", "model": "assistant", "bot": "assistant", "chatgpt": "assistant",
     "system": "system",
 }
 ASSISTANT_MARK = "\n\nAssistant:"
+_LARGEST_FLOAT32 = 3.4028234e38
+_NUMBER = re.compile(r"\s*[-+]?([0-9]+\.?[0-9]*|\.[0-9]+)([eE][-+]?[0-9]+)?\s*", re.ASCII)
 _TURN_MARK = re.compile(r"(?:^|\n\n)(Human|Assistant):")
 
 
@@ -71,6 +77,7 @@ class Pair:
     prompt: str | tuple[Message, ...]
     chosen: str
     rejected: str
+    scores: tuple[float, float] | None = None  # chosen, rejected; finite in float32
 
     @cached_property
     def group(self) -> str:
@@ -89,6 +96,7 @@ class Columns:
     rejected: str
     system: str | None = None
     prompt_input: str | None = None  # the `input` beside an `instruction`
+    scores: tuple[str, str] | None = None  # chosen's, rejected's
 
 
 def find_columns(rows: Sequence[Row], overrides: Mapping[str, str], source: str) -> Columns:
@@ -104,13 +112,15 @@ def find_columns(rows: Sequence[Row], overrides: Mapping[str, str], source: str)
         "system": overrides.get("system") or _first_of(("system",), names),
     }
     problems += [_missing_column(key, None, names, source) for key in ("chosen", "rejected") if not found[key]]
+    problems += _half_of_the_scores(overrides, names, source)
     if problems:
         raise DataError(*problems)
     chosen, rejected, prompt = str(found["chosen"]), str(found["rejected"]), found["prompt"]
     if prompt == chosen:  # `columns: {prompt: chosen}` = ignore the prompt column, the conversations hold it
         prompt = None
     with_input = prompt == "instruction" and "input" in names
-    return Columns(prompt, chosen, rejected, found["system"], "input" if with_input else None)
+    scores = (overrides["chosen_score"], overrides["rejected_score"]) if "chosen_score" in overrides else None
+    return Columns(prompt, chosen, rejected, found["system"], "input" if with_input else None, scores)
 
 
 def read_pair(row: Row, columns: Columns) -> Pair:
@@ -130,7 +140,8 @@ def read_pair(row: Row, columns: Columns) -> Pair:
         raise RowDropped(DropReason.EMPTY)
     if answers[0] == answers[1]:
         raise RowDropped(DropReason.IDENTICAL)
-    return Pair(row.number, row.place, prompt, *answers)
+    scores = tuple(_read_score(row, column) for column in columns.scores) if columns.scores else None
+    return Pair(row.number, row.place, prompt, *answers, scores)
 
 
 def dialogue_turns(text: str) -> tuple[Message, ...]:
@@ -180,6 +191,16 @@ def _missing_column(key: str, wanted: str | None, names: Sequence[str], source: 
     hint = hint if hint == hint.strip() else ascii(hint)  # a header written with ", " has names with a space
     fix = f"say which one it is: `columns: {{{key}: {hint}}}`; the first line of a csv must name the columns"
     return Problem(source, key, found, f"no column holds the {key} answer", fix)
+
+
+def _half_of_the_scores(overrides: Mapping[str, str], names: Sequence[str], source: str) -> list[Problem]:
+    given = [key for key in SCORE_KEYS if key in overrides]
+    if len(given) != 1:
+        return []
+    (missing,) = set(SCORE_KEYS) - set(given)
+    found = f"the columns {', '.join(map(ascii, names[:12]))}"
+    return [Problem(source, f"columns.{missing}", found, f"{given[0]} is named, so both answers need a score",
+                    f"name the other one: `columns: {{{missing}: NAME}}`")]
 
 
 # --- cells -----------------------------------------------------------------------------------------
@@ -236,6 +257,21 @@ def _checked_text(row: Row, key: str, text: str) -> str:
         raise malformed(row.place, key, f"U+{ord(text[error.start]):04X}", "half of a character pair is not text",
                         "the file was cut inside an escape such as \\ud83d; write both halves") from error
     return text
+
+
+def _read_score(row: Row, column: str) -> float:
+    """A number, or text that reads as one (a csv file has nothing else)."""
+    value = _cell(row, column)
+    is_number = isinstance(value, int | float) and not isinstance(value, bool)
+    if not is_number and not (isinstance(value, str) and _NUMBER.fullmatch(value)):
+        raise malformed(row.place, column, kind_of(value), "a score must be a number")
+    try:
+        score = float(value)
+    except OverflowError:  # an integer of hundreds of digits
+        score = math.inf
+    if not abs(score) <= _LARGEST_FLOAT32:
+        raise malformed(row.place, column, kind_of(value), "a score must be finite, and at most 3.4e38 in size")
+    return score
 
 
 def _read_prompt(row: Row, columns: Columns) -> str | tuple[Message, ...] | None:

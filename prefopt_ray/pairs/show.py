@@ -38,6 +38,8 @@ class PairView:
     rejected_tokens: int
     chosen_end: tuple[tuple[int, str], ...]  # (id, text) of the last tokens
     rejected_end: tuple[tuple[int, str], ...]
+    chosen_score: float | None  # None: the spec names no score columns
+    rejected_score: float | None
 
 
 def show_pairs(
@@ -72,12 +74,14 @@ def _escape(character: str) -> str:
 
 def _view(part: str, tokens: PairTokens, index: int, tokenizer: PreTrainedTokenizerBase) -> PairView:
     prompt, chosen, rejected = (r[index].tolist() for r in (tokens.prompt, tokens.chosen, tokens.rejected))
+    scores = (None, None) if tokens.scores is None else tuple(tokens.scores[index].tolist())
     return PairView(
         part, int(tokens.row_ids[index]),
         _decode(tokenizer, prompt), _decode(tokenizer, chosen), _decode(tokenizer, rejected),
         len(prompt), len(chosen), len(rejected),
         tuple((token, _decode(tokenizer, [token])) for token in chosen[-LAST_TOKENS:]),
         tuple((token, _decode(tokenizer, [token])) for token in rejected[-LAST_TOKENS:]),
+        *scores,
     )
 
 
@@ -92,11 +96,11 @@ def _render_view(view: PairView) -> Text:
     text.append(f"{view.part} row {view.row}", style="bold")
     text.append(f"  prompt {view.prompt_tokens} tokens, chosen {view.chosen_tokens}, rejected {view.rejected_tokens}\n")
     text.append(visible(view.prompt), style=_PROMPT_STYLE)
-    for name, completion, end, style in (
-        ("chosen", view.chosen, view.chosen_end, _CHOSEN_STYLE),
-        ("rejected", view.rejected, view.rejected_end, _REJECTED_STYLE),
+    for name, completion, end, score, style in (
+        ("chosen", view.chosen, view.chosen_end, view.chosen_score, _CHOSEN_STYLE),
+        ("rejected", view.rejected, view.rejected_end, view.rejected_score, _REJECTED_STYLE),
     ):
-        text.append(f"\n[{name}] ", style="bold")
+        text.append(f"\n[{name}{'' if score is None else f', score {score:g}'}] ", style="bold")
         text.append(visible(completion), style=style)
         text.append("\n   ends with  ", style="bold")
         text.append("  ".join(f"{token} {_quoted(piece)}" for token, piece in end))

@@ -47,6 +47,7 @@ class PairTokens:
     prompt: Ragged
     chosen: Ragged
     rejected: Ragged
+    scores: np.ndarray | None = None  # (N, 2) float32, finite: chosen, rejected, in the scorer's unit
 
     def __len__(self) -> int:
         return len(self.row_ids)
@@ -61,11 +62,14 @@ class PairTokens:
         return PairTokens(
             self.row_ids[indices], self.groups[indices],
             self.prompt.take(indices), self.chosen.take(indices), self.rejected.take(indices),
+            None if self.scores is None else self.scores[indices],
         )
 
     def arrays(self) -> dict[str, np.ndarray]:
-        """Flat named arrays, for storage and hashing."""
+        """Flat named arrays, for storage and hashing; `scores` only where there are some."""
         out = {"row_ids": self.row_ids, "groups": self.groups}
+        if self.scores is not None:
+            out["scores"] = self.scores
         for name in ("prompt", "chosen", "rejected"):
             ragged = getattr(self, name)
             out[f"{name}.values"], out[f"{name}.offsets"] = ragged.values, ragged.offsets
@@ -74,7 +78,7 @@ class PairTokens:
     @classmethod
     def from_arrays(cls, arrays: dict[str, np.ndarray]) -> "PairTokens":
         ragged = {n: Ragged(arrays[f"{n}.values"], arrays[f"{n}.offsets"]) for n in ("prompt", "chosen", "rejected")}
-        return cls(arrays["row_ids"], arrays["groups"], **ragged)
+        return cls(arrays["row_ids"], arrays["groups"], **ragged, scores=arrays.get("scores"))
 
 
 @dataclass(frozen=True)

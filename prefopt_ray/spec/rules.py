@@ -15,6 +15,7 @@ from prefopt_ray.spec.layers import UNREAD
 from prefopt_ray.spec.sections import (
     GOLD,
     PRESETS,
+    SCORE_COLUMNS,
     DataSpec,
     ModelSpec,
     PartSpec,
@@ -90,6 +91,16 @@ def _sources_read_their_keys(data: DataSpec) -> Iterator[Finding]:
 def _revision_is_of_the_hub(model: ModelSpec) -> Iterator[Finding]:
     if model.revision is not None and (model.policy == GOLD or model.policy.startswith("/")):
         yield Finding(("model", "revision"), "only a hub id has revisions", "remove it")
+
+
+def _scores_come_in_twos(data: DataSpec) -> Iterator[Finding]:
+    written = [(("data", "columns"), data.columns)]
+    written += [(("data", name, "columns"), part.columns or {}) for name, part in _written_parts(data)]
+    for path, columns in written:
+        given = [key for key in SCORE_COLUMNS if key in columns]
+        if len(given) == 1:
+            (missing,) = set(SCORE_COLUMNS) - set(given)
+            yield Finding((*path, *given), f"both answers need a score: {missing} is missing", f"add {missing}: NAME")
 
 
 def _parts_name_their_pairs(data: DataSpec) -> Iterator[Finding]:
@@ -198,15 +209,14 @@ def _losses_are_known(search: SearchSpec) -> Iterator[Finding]:
         card = _card(written)
         path = ("search", "losses", written)
         if card is None:
-            yield Finding(path, f"unknown loss; known are {', '.join(LOSS_NAMES)}", _meant_loss(written))
+            yield Finding(path, _unknown_loss(), _meant_loss(written))
         elif card.name in seen:
             rule = f"{written} and {seen[card.name]} are the same loss"
             yield Finding(path, rule, f"keep one, as {card.name}")
         else:
             seen[card.name] = written
     if search.baseline is not None and _card(search.baseline.loss) is None:
-        rule = f"unknown loss; known are {', '.join(LOSS_NAMES)}"
-        yield Finding(("search", "baseline", "loss"), rule, _meant_loss(search.baseline.loss))
+        yield Finding(("search", "baseline", "loss"), _unknown_loss(), _meant_loss(search.baseline.loss))
 
 
 def _losses_read_their_parameters(search: SearchSpec) -> Iterator[Finding]:
@@ -217,6 +227,20 @@ def _losses_read_their_parameters(search: SearchSpec) -> Iterator[Finding]:
     if search.baseline is not None and (card := _card(search.baseline.loss)):
         for name, value in search.baseline.values.items():
             yield from _parameter(card, name, Choices((value,)), ("search", "baseline", name))
+
+
+def _losses_have_their_scores(search: SearchSpec, data: DataSpec) -> Iterator[Finding]:
+    """A loss that learns from scores needs to know where they are; gold rows bring their own."""
+    if data.is_gold or set(SCORE_COLUMNS) <= set(data.part("train").columns or {}):
+        return
+    written = [(("search", "losses", loss), loss) for loss in search.losses]
+    if search.baseline is not None:
+        written.append((("search", "baseline", "loss"), search.baseline.loss))
+    for path, loss in written:
+        card = _card(loss)
+        if card is not None and "scores" in card.needs:
+            rule = f"{card.name} learns from the scores of both answers, and no column is named for them"
+            yield Finding(path, rule, "add data.columns: {chosen_score: score_chosen, rejected_score: score_rejected}")
 
 
 def _shared_is_read(search: SearchSpec) -> Iterator[Finding]:
@@ -356,6 +380,7 @@ _RULES: tuple[tuple[tuple[str, ...], Rule], ...] = (
     (("data",), _sources_read_their_keys),
     (("model",), _revision_is_of_the_hub),
     (("data",), _parts_name_their_pairs),
+    (("data",), _scores_come_in_twos),
     (("training",), _one_length),
     (("training",), _warmup_ends),
     (("training",), _betas_of_adam),
@@ -363,6 +388,7 @@ _RULES: tuple[tuple[tuple[str, ...], Rule], ...] = (
     (("scheduler", "training"), _rungs_fit),
     (("search",), _losses_are_known),
     (("search",), _losses_read_their_parameters),
+    (("search", "data"), _losses_have_their_scores),
     (("search",), _shared_is_read),
     (("search",), _grid_is_finite),
     (("search", "model"), _trials_are_counted),

@@ -183,6 +183,19 @@ class Baseline:
     values: Mapping[str, float]
 
 
+# What TRL and its users call a setting that is a part of the loss's name here.
+DIVERGENCE_KEYS = ("divergence", "f_divergence", "f_divergence_type")
+DIVERGENCE_RULE = "the divergence is a part of the loss's name: <loss>:forward_kl, <loss>:js or <loss>:alpha"
+
+
+def divergence_fix(loss: str, written: Any) -> str:
+    """How `sigmoid: {divergence: js}` is written."""
+    name = str(written).removesuffix("_divergence")
+    if name == "reverse_kl":
+        return f"remove it: {loss} alone has the reverse KL"
+    return f"write the loss as {loss}:{name if name in ('forward_kl', 'js', 'alpha') else 'js'}"
+
+
 def _baseline(value: Any) -> Baseline:
     if isinstance(value, Baseline):
         return value
@@ -191,6 +204,8 @@ def _baseline(value: Any) -> Baseline:
         raise broken("every sweep has a baseline: a loss and its values", fix)
     numbers = {name: number for name, number in value.items() if name != "loss"}
     for name, number in numbers.items():
+        if name in DIVERGENCE_KEYS:
+            raise broken(DIVERGENCE_RULE, divergence_fix(value["loss"], number))
         if isinstance(number, bool) or not isinstance(number, (int, float)) or not math.isfinite(number):
             raise broken(f"{name} of a baseline is one finite number", fix)
     return Baseline(value["loss"], {name: float(number) for name, number in numbers.items()})
@@ -212,7 +227,9 @@ SearchDomain = Annotated[Domain, PlainValidator(_domain), PlainSerializer(write_
 Text = Annotated[str, Field(min_length=1), AfterValidator(_not_blank)]
 Count = Annotated[int, Field(ge=1)]
 Seed = Annotated[int, Field(ge=0)]
-Columns = dict[Literal["prompt", "chosen", "rejected", "system"], Text]  # role -> column of the source
+SCORE_COLUMNS = ("chosen_score", "rejected_score")
+# role -> column of the source; scores are read only where they are named
+Columns = dict[Literal["prompt", "chosen", "rejected", "system", "chosen_score", "rejected_score"], Text]
 
 
 class Section(BaseModel):

@@ -119,8 +119,10 @@ class TrialState:
 
     def finish_step(self, outcome: StepOutcome) -> None:
         _, self._loss_state = self._formula(outcome.stats, self.config.loss_params, self._loss_state)
-        metrics = self._step_metrics(outcome)
         loss, grad_norm = float(outcome.losses.double().mean()), outcome.grad_norm
+        if self._loss_at_start is None:  # the first step's, computed before anything was updated
+            self._loss_at_start = loss
+        metrics = self._step_metrics(outcome)
         self._step += 1
         finite, dropped = finite_metrics(metrics)
         self._points.append(StepPoint(self._step, {f"train/{k}": v for k, v in finite.items()}))
@@ -243,7 +245,7 @@ class TrialState:
     @property
     def _start(self) -> float:
         if self._loss_at_start is None:
-            raise RuntimeError("the loss at the start is measured by the evaluation at step 0, which was not made")
+            raise RuntimeError("the loss at the start is measured at step 0, which was not made")
         # Measured against another reference it can be near zero (hinge) or negative (robust): no scale for a ratio.
         known = self.card.loss_at_start(self.config.loss_params) if self.card.loss_at_start else 1e-12
         return max(self._loss_at_start, known)
@@ -267,7 +269,7 @@ class TrialState:
     def _evaluate(self) -> tuple[dict[str, float], float]:
         view = PolicyView(self._worker.engine, self.slot, self._step, self.config, self.card, self._log)
         measured = evaluate(self._worker.evaluators, view)
-        if self._loss_at_start is None:
+        if self._loss_at_start is None and self._log_probs_suffice:
             self._loss_at_start = self._measured_start()
         metrics, dropped = finite_metrics(measured)
         self._kl_per_token[self._step] = metrics.get("samples/kl_per_token")
@@ -277,6 +279,11 @@ class TrialState:
             self._end(EndState.DIVERGED, f"{dropped} measures are not finite at the evaluation of step {self._step}")
         valid = "eval/gain" in metrics and not dropped
         return metrics, metrics["eval/gain"] if valid else WORST
+
+    @property
+    def _log_probs_suffice(self) -> bool:
+        """Evaluations store log-probs and lengths; a loss that needs more is measured on training batches only."""
+        return self.card.needs <= {"reference", "lengths"}
 
     def _measured_start(self) -> float:
         return self._mean_loss(self._log.stats("probe", 0))
@@ -293,7 +300,7 @@ class TrialState:
             groups=self._log.groups("select"),
             probe_margins=margins(probe, self.card),
             probe_collapsed_frac=float(collapsed_rejected(probe).mean()),
-            probe_loss_norm=self._mean_loss(probe) / self._start,
+            probe_loss_norm=self._mean_loss(probe) / self._start if self._log_probs_suffice else None,
             kl_per_token=self._kl_per_token.get(step),
         )
 

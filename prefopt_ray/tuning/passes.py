@@ -13,7 +13,7 @@ import ray
 
 from prefopt_ray.answer import TEST_FILE
 from prefopt_ray.engine.base import ReferencedPairs
-from prefopt_ray.engine.reference import Progress, stored_parts
+from prefopt_ray.engine.reference import Progress
 from prefopt_ray.engine.loading import load_tokenizer
 from prefopt_ray.errors import CheckpointError, PrefoptError
 from prefopt_ray.ledger import TrialRecord
@@ -31,8 +31,8 @@ def reference_pass(
     blueprint: WorkerBlueprint, data: SweepData, *, cache: Path, reserved: Reserved, progress: Progress
 ) -> WorkerBlueprint:
     """The blueprint with reference log-probs: from the cache without a task, else by one. Raises ModelError."""
-    known = stored_parts(data, blueprint.reference_key(), cache=cache)
-    if len(known) == len(data.parts):
+    known = blueprint.stored_reference(data, cache=cache)
+    if known is not None:
         return replace(blueprint, parts=known)
     task = _reference_task.options(num_cpus=reserved["cpu"], num_gpus=reserved["gpu"])
     for reference in task.remote(blueprint, data, cache):

@@ -5,7 +5,7 @@ And `HandTrial`, the smallest thing an engine can step: fixed batches, any loss,
 
 from collections.abc import Callable
 from copy import deepcopy
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 import torch
@@ -16,6 +16,7 @@ from transformers import PreTrainedModel
 
 from prefopt_ray.engine.base import REFERENCE, ReferencedPairs, StepOutcome
 from prefopt_ray.engine.plain import PlainEngine
+from prefopt_ray.losses.cards import LossCard, find_card
 from prefopt_ray.losses.stats import PairStats
 from prefopt_ray.pairs.tokens import PairTokens
 from prefopt_ray.trial import TrialConfig
@@ -80,6 +81,13 @@ class HandTrial:
     objective: Callable[[PairStats], Tensor] = lambda stats: softplus(-0.1 * stats.h)
     measures_update: bool = True
     outcomes: list[StepOutcome] = field(default_factory=list)
+    needs: frozenset[str] = frozenset()  # beside what its loss's card says
+    scope: str = "pair"
+
+    @property
+    def card(self) -> LossCard:
+        card = find_card(self.config.loss)
+        return replace(card, needs=card.needs | self.needs, scope=self.scope)
 
     @property
     def learning_rate(self) -> float:

@@ -34,7 +34,7 @@ def test_splits_share_no_prompt_even_across_seeds(rows, gold_base: Path):
 
 def test_rows_are_text_of_the_language_and_never_equal_or_empty(rows):
     for row in (row for split in SPLITS for row in rows[split]):
-        assert set(row) == {"prompt", "chosen", "rejected"}
+        assert set(row) == {"prompt", "chosen", "rejected", "chosen_score", "rejected_score"}
         assert row["chosen"] != row["rejected"]
         assert row["prompt"].split()[-1] == ">" and len(row["prompt"].split()) == 5
         for key in ("chosen", "rejected"):
@@ -52,6 +52,12 @@ def test_labels_agree_with_the_reward_as_often_as_bradley_terry_says(rows):
     sure = 1 / (1 + np.exp(-difference))
     entropy = np.mean(-sure * np.log(sure) - (1 - sure) * np.log(1 - sure))
     assert np.mean(-np.log(sure)) == pytest.approx(entropy, abs=0.03)
+
+
+def test_a_row_s_scores_are_its_completions_true_rewards(rows):
+    for split in SPLITS:
+        for key in ("chosen", "rejected"):
+            assert [row[f"{key}_score"] for row in rows[split]] == pytest.approx(rewards(rows[split], key))
 
 
 def test_base_samples_score_as_the_task_was_calibrated(rows):
