@@ -1,11 +1,11 @@
-"""PairStats: what an engine computes per pair, and all that losses and measures ever see.
+"""PairStats: what an engine computes per pair, and all that losses and measures ever see; and a loss's signature.
 
 A few floats per pair, so statistics gathered over micro-batches and ranks are exact and cheap.
-Notation of SCIENCE and the DPO paper: drift D = log pi(y|x) - log pi_ref(y|x), summed over the
+Notation of the DPO paper, and the drift D = log pi(y|x) - log pi_ref(y|x), summed over the
 completion's tokens, in nats; h = D(chosen) - D(rejected).
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, fields
 
 import torch
@@ -79,3 +79,7 @@ class PairStats:
         """Join micro-batches (or ranks) in order; all have the same fields."""
         columns = [part.present() for part in parts]
         return PairStats(**{name: torch.cat([column[name] for column in columns]) for name in columns[0]})
+
+
+LossState = Mapping[str, float] | None  # what a stateful loss carries from step to step; None at its start
+LossFunction = Callable[[PairStats, Mapping[str, float], LossState], tuple[Tensor, LossState]]

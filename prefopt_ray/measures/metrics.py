@@ -13,7 +13,7 @@ import numpy as np
 import torch
 
 from prefopt_ray.losses.cards import LossCard
-from prefopt_ray.losses.formulas import implicit_margin, implicit_reward, loss_function
+from prefopt_ray.losses.formulas import LossState, implicit_margin, implicit_reward, loss_function
 from prefopt_ray.losses.stats import PairStats
 from prefopt_ray.measures.gain import calibrated_gain
 
@@ -33,6 +33,7 @@ _PAIR_KEYS = (
 _SELECT_KEYS = (
     "gain", "gain_se", "gain_sum", "gain_per_token", "ece",
     "accuracy_by_length/short", "accuracy_by_length/mid", "accuracy_by_length/long",
+    "length_correlation", "effect_size",
 )  # fmt: skip
 _GAP_KEYS = ("gap/accuracy", "gap/gain", "gap/nll")
 
@@ -68,7 +69,7 @@ def pair_metrics(stats: PairStats, card: LossCard, params: Mapping[str, float]) 
     """
     exact = _exact(stats)
     margin = _numpy(implicit_margin(exact, card))
-    chosen, rejected = (params["beta"] * _numpy(reward) for reward in implicit_reward(exact, card))
+    chosen, rejected = (reward_scale(params) * _numpy(reward) for reward in implicit_reward(exact, card))
     p05, p50, p95 = np.percentile(_numpy(exact.h), [5, 50, 95])
     values = (
         chosen.mean(), rejected.mean(), (chosen - rejected).mean(), _wins(margin).mean(),
@@ -89,6 +90,8 @@ def select_metrics(
 
     `gain` is on the loss's own margin; `gain_sum` on h and `gain_per_token` on per-token log-ratios are
     the same for every loss. `ece` reads sigma(beta x margin) for Bradley-Terry losses, sigma(a* margin) else.
+    `length_correlation` is of the margin with |chosen| - |rejected| tokens, 0 where either is constant;
+    `effect_size` is mean over standard deviation of the margin, a cheap twin of the gain, 0 where all are equal.
     """
     exact = _exact(stats)
     margin = _numpy(implicit_margin(exact, card))
@@ -98,8 +101,10 @@ def select_metrics(
         gain.gain, gain.se,
         calibrated_gain(_numpy(exact.h), groups).gain,
         calibrated_gain(_numpy(per_token), groups).gain,
-        calibration_error(margin * (params["beta"] if card.bradley_terry else gain.scale)),
+        calibration_error(margin * (reward_scale(params) if card.bradley_terry else gain.scale)),
         *accuracy_by_length(exact, card),
+        length_correlation(exact, card),
+        _ratio(margin.mean(), margin.std()),
     )  # fmt: skip
     return {key: float(value) for key, value in zip(_SELECT_KEYS, values, strict=True)}
 
@@ -128,19 +133,28 @@ def collapsed_rejected(stats: PairStats) -> np.ndarray:
     return _numpy(exact.drift_rejected) < -limit
 
 
-def saturation(stats: PairStats, card: LossCard, params: Mapping[str, float]) -> float:
+def saturation(
+    stats: PairStats, card: LossCard, params: Mapping[str, float], *, state: LossState = None
+) -> float:
     """How hard the mean pair still pulls: `train/grad_weight`. Below about .02 the pairs are spent.
 
-    |slope of the loss| in u = beta x margin: sigma(-u) for DPO, starting at one half. A loss that is not a
-    Bradley-Terry likelihood has no natural unit, so its slope is relative to the one at margin zero:
-    |h - target| / target for IPO, 1[u < 1] for hinge. Taken by autograd, so a new loss needs nothing here.
+    |slope of the loss| in u = beta x margin, the mean of what chosen and rejected feel: sigma(-u) for DPO, starting
+    at one half. A loss that is not a Bradley-Terry likelihood has no natural unit, so its slope is relative to the
+    one where policy and reference agree: |h - target| / target for IPO, 1[u < 1] for hinge. Taken by autograd, so
+    a new loss needs nothing here. `state` is what a stateful loss carried into this step.
     """
     with torch.inference_mode(mode=False), torch.enable_grad():
         exact = _exact(stats)
-        slope = _slope_in_u(exact, card, params)
-        if not card.bradley_terry:
-            slope = slope / _slope_in_u(_at_zero_margin(exact, card), card, params)
-    return float(slope.mean())
+        slope = _mean_slope(exact, card, params, state=state)
+        if card.bradley_terry:
+            return slope
+        start = _mean_slope(_at_the_reference(exact), card, params, state=None)
+    return slope / start if start > 0 else slope  # a hinge may be met before training: then there is no such unit
+
+
+def reward_scale(params: Mapping[str, float]) -> float:
+    """What implicit rewards are multiplied by: beta, or 1 for a loss without one."""
+    return params.get("beta", 1.0)
 
 
 def ipo_h_over_target(stats: PairStats, card: LossCard, params: Mapping[str, float]) -> float:
@@ -167,6 +181,15 @@ def accuracy_by_length(stats: PairStats, card: LossCard) -> tuple[float, float, 
     order = np.lexsort((exact.row_ids.numpy(), difference))
     short, mid, long = (float(wins[third].mean()) if len(third) else 0.5 for third in np.array_split(order, 3))
     return short, mid, long
+
+
+def length_correlation(stats: PairStats, card: LossCard) -> float:
+    """Pearson's correlation of the loss's own margin with |chosen| - |rejected| tokens: what length explains."""
+    exact = _exact(stats)
+    margin = _numpy(implicit_margin(exact, card))
+    difference = _numpy(exact.chosen_tokens) - _numpy(exact.rejected_tokens)
+    covariance = ((margin - margin.mean()) * (difference - difference.mean())).mean()
+    return _ratio(covariance, margin.std() * difference.std())
 
 
 def calibration_error(u: np.ndarray) -> float:
@@ -200,6 +223,11 @@ def _numpy(values: torch.Tensor) -> np.ndarray:
     return values.detach().numpy().astype(np.float64)
 
 
+def _ratio(value: float, scale: float) -> float:
+    """0 where there is no spread. Below rounding's 1e-12 there is none, and equal margins would give anything."""
+    return float(value / scale) if not scale <= 1e-12 else 0.0
+
+
 def _wins(margin: np.ndarray) -> np.ndarray:
     """1 where the chosen completion is ahead, one half on a tie. (N,)"""
     return (margin > 0) + 0.5 * (margin == 0)
@@ -223,20 +251,30 @@ def _fit(stats: PairStats, card: LossCard, params: Mapping[str, float]) -> tuple
     """Accuracy, gain and nll of the loss's own margin."""
     margin = margins(stats, card)
     gain = calibrated_gain(margin, None).gain
-    return float(_wins(margin).mean()), gain, float(np.logaddexp(0.0, -params["beta"] * margin).mean())
+    return float(_wins(margin).mean()), gain, float(np.logaddexp(0.0, -reward_scale(params) * margin).mean())
 
 
-def _slope_in_u(stats: PairStats, card: LossCard, params: Mapping[str, float]) -> torch.Tensor:
-    """|d loss / d u| through the chosen completion, (N,): its log-prob moves u by beta, or by beta / tokens."""
-    chosen = stats.policy_chosen.clone().requires_grad_()
-    loss, _ = loss_function(card.name)(replace(stats, policy_chosen=chosen), params, None)
-    (slope,) = torch.autograd.grad(loss.sum(), chosen)
-    tokens = 1 if card.reward == "sum" else stats.chosen_tokens
-    return (slope * tokens / params["beta"]).abs()
+def _mean_slope(stats: PairStats, card: LossCard, params: Mapping[str, float], *, state: LossState) -> float:
+    """Mean over pairs and both sides of |d loss / d u|, each side moving u through its own reward."""
+    sides = tuple(side.clone().requires_grad_() for side in (stats.policy_chosen, stats.policy_rejected))
+    free = replace(stats, policy_chosen=sides[0], policy_rejected=sides[1])
+    losses, _ = loss_function(card.name)(free, params, state)
+    pull = torch.autograd.grad(losses.sum(), sides, materialize_grads=True)
+    reach = torch.autograd.grad(reward_scale(params) * implicit_margin(free, card).sum(), sides)
+    slopes = [torch.where(moved == 0, 0.0, pulled / moved).abs() for pulled, moved in zip(pull, reach, strict=True)]
+    return float(torch.stack(slopes).mean())
 
 
-def _at_zero_margin(stats: PairStats, card: LossCard) -> PairStats:
-    if "reference" in card.needs:
-        return replace(stats, policy_chosen=stats.reference_chosen, policy_rejected=stats.reference_rejected)
-    zero = torch.zeros_like(stats.policy_chosen)
-    return replace(stats, policy_chosen=zero, policy_rejected=zero)
+def _at_the_reference(stats: PairStats) -> PairStats:
+    """The same pairs before the first step: every policy field is the reference's, nothing has drifted."""
+    return replace(
+        stats,
+        policy_chosen=stats.reference_chosen, policy_rejected=stats.reference_rejected,
+        policy_chosen_prefix=stats.reference_chosen_prefix, policy_rejected_prefix=stats.reference_rejected_prefix,
+        chosen_kl=_zero(stats.chosen_kl), rejected_kl=_zero(stats.rejected_kl),
+        mismatched_drift=_zero(stats.mismatched_drift),
+    )  # fmt: skip
+
+
+def _zero(values: torch.Tensor | None) -> torch.Tensor | None:
+    return None if values is None else torch.zeros_like(values)

@@ -4,13 +4,17 @@ Everything in float64 with free log-ratios, so a wrong sign, factor or reduction
 `beta` may be a vector here: several temperatures are then trained side by side as independent pairs.
 """
 
+import itertools
 import math
 from collections.abc import Callable, Mapping, Sequence
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from torch import Tensor
 
+from prefopt_ray.losses.cards import find_card
 from prefopt_ray.losses.formulas import loss_function
 from prefopt_ray.losses.stats import PairStats
 
@@ -20,7 +24,7 @@ TAUS = (0.1, 0.5, 1.0, 2.0)
 def pairs(chosen: Tensor, rejected: Tensor) -> PairStats:
     """Log-ratios to a reference at zero, completions of one token."""
     zero, one = torch.zeros_like(chosen), torch.ones_like(chosen, dtype=torch.int64)
-    return PairStats(torch.arange(len(chosen)), chosen, rejected, zero, zero, one, one)
+    return PairStats(torch.arange(len(chosen)), chosen, rejected, zero, zero, one, one, mismatched_drift=zero)
 
 
 def loss_of(name: str, margin: Tensor, params: Mapping[str, float | Tensor]) -> Tensor:
@@ -34,12 +38,14 @@ def logit(p: float) -> float:
 # Optimal u = beta h when the chosen completion wins with probability p; beta drops out of all of them.
 BEST_MARGIN: dict[str, Callable[[float], float]] = {
     "sigmoid": logit,
+    "sigmoid_norm": logit,
     "cdpo": lambda p: logit(0.9 * p + 0.1 * (1 - p)),
     "robust": lambda p: logit((p - 0.1) / 0.8),
     "ipo_sum": lambda p: p - 0.5,
     "ipo_mean": lambda p: p - 0.5,
     "hinge": lambda p: 1.0,
     "simpo": logit,  # at gamma_ratio 0
+    "exo": lambda p: (2 * p - 1) * logit(1 - 1e-3),
 }
 
 
@@ -47,12 +53,12 @@ BEST_MARGIN: dict[str, Callable[[float], float]] = {
 @pytest.mark.parametrize("p", [0.6, 0.75, 0.85])
 @pytest.mark.parametrize("name", BEST_MARGIN)
 def test_the_best_margin_for_a_noisy_preference_is_the_closed_form(name: str, p: float, beta: float):
-    params = {"beta": beta, "label_smoothing": 0.1, "gamma_ratio": 0.0}
+    params = find_card(name).defaults | {"beta": beta, "gamma_ratio": 0.0}
     assert best_margin(name, p, params) * beta == pytest.approx(BEST_MARGIN[name](p), abs=1e-6)
 
 
 def best_margin(name: str, p: float, params: Mapping[str, float]) -> float:
-    """Bisection on the slope of p loss(h) + (1 - p) loss(-h), which is convex in h."""
+    """Bisection on the slope of p loss(h) + (1 - p) loss(-h), which has one sign change in h."""
     low, high = -100 / params["beta"], 100 / params["beta"]
     for _ in range(60):
         h = torch.tensor([(low + high) / 2], dtype=torch.float64, requires_grad=True)
@@ -60,6 +66,105 @@ def best_margin(name: str, p: float, params: Mapping[str, float]) -> float:
         (slope,) = torch.autograd.grad(expected.sum(), h)
         low, high = (low, h.item()) if slope.item() > 0 else (h.item(), high)
     return (low + high) / 2
+
+
+# Both optima (beta A, beta B), free of each other, for one pair of answers of which A wins with probability p.
+BEST_REWARDS: dict[str, Callable[[float], tuple[float, float]]] = {
+    "nca": lambda p: (math.log(p / 0.5), math.log((1 - p) / 0.5)),
+    "bco": lambda p: (logit(p), -logit(p)),
+    "sppo": lambda p: (p - 0.5, 0.5 - p),
+}
+
+
+@pytest.mark.parametrize("name", BEST_REWARDS)
+@given(p=st.floats(0.55, 0.97), beta=st.floats(0.05, 2.0))
+@settings(max_examples=10)
+def test_pointwise_losses_anchor_each_side_at_its_closed_form(name: str, p: float, beta: float):
+    assert minimiser(name, p, beta=beta) == pytest.approx(BEST_REWARDS[name](p), abs=2e-3)
+
+
+TABLE = {  # u at p = .75 and .9, where A and B are free
+    "sigmoid": (1.0986, 2.1972), "cdpo": (0.8473, 1.5163), "ipo_sum": (0.25, 0.4), "exo": (3.4534, 5.5254),
+    "nca": (0.4055 + 0.6931, 0.5878 + 1.6094), "bco": (2.1972, 4.3944), "sppo": (0.5, 0.8),
+    "discopop": (1.3327, 2.2936),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", TABLE)
+def test_optimal_margins_are_the_tabulated_ones_whatever_beta(name: str):
+    for p, expected in zip((0.75, 0.9), TABLE[name], strict=True):
+        for beta in (0.1, 1.0):
+            a, b = minimiser(name, p, beta=beta)
+            assert a - b == pytest.approx(expected, abs=2e-3)
+
+
+def test_robust_dpo_believes_noisy_labels_more_and_has_no_optimum_at_its_own_flip_rate():
+    a, b = minimiser("robust", 0.75, beta=0.1)
+    assert a - b == pytest.approx(1.4663, abs=2e-3)
+    far = [pair_loss("robust", torch.tensor([u, -u], dtype=torch.float64), 0.9, beta=0.1) for u in (5.0, 50.0, 500.0)]
+    assert far == sorted(far, reverse=True)
+
+
+@pytest.mark.parametrize(
+    ("name", "best"),
+    [("ipo_sum", 0.5), ("cdpo", 2.1972), ("exo", 6.9068), ("sppo", 1.0)],
+)
+def test_on_a_certain_preference_these_stop(name: str, best: float):
+    a, b = minimiser(name, 1.0, beta=0.1)
+    assert a - b == pytest.approx(best, abs=2e-3)
+
+
+def test_on_a_certain_preference_nca_stops_for_chosen_only():
+    rewards = torch.tensor([math.log(2), -30.0], dtype=torch.float64, requires_grad=True)
+    slope = torch.autograd.grad(pair_loss("nca", rewards, 1.0, beta=0.1), rewards)[0]
+    assert slope[0].item() == pytest.approx(0.0, abs=1e-12) and slope[1] > 0
+
+
+@pytest.mark.parametrize("name", ["sigmoid:forward_kl", "sigmoid:js", "sigmoid:alpha"])
+def test_under_an_f_divergence_dpos_optimum_is_a_margin_of_f_prime(name: str):
+    """The likelihood is fitted exactly, whatever the divergence; what changes is which policy that is."""
+    links = {
+        "forward_kl": lambda d: 1 - math.exp(-d), "js": lambda d: math.log(2 / (1 + math.exp(-d))),
+        "alpha": lambda d: (math.exp(-0.5 * d) - 1) / -0.5,
+    }  # fmt: skip
+    link = links[name.partition(":")[2]]
+    for p in (0.6, 0.75, 0.9):
+        a, b = (reward / 2.0 for reward in minimiser(name, p, beta=2.0))
+        assert 2.0 * (link(a) - link(b)) == pytest.approx(logit(p), abs=2e-3)
+
+
+@pytest.mark.parametrize("p", [0.55, 0.75, 0.9, 1.0])
+@pytest.mark.parametrize(("name", "a", "b"), [("apo_zero", 1, -1), ("kto", 1, -1), ("apo_down", -1, -3)])
+def test_bounded_losses_run_off_for_any_preference_above_one_half(name: str, a: float, b: float, p: float):
+    """Along (a, b) t the expected loss keeps falling: it has no minimiser."""
+    direction = torch.tensor([a, b], dtype=torch.float64)
+    falling = [float(pair_loss(name, t * direction, p, beta=0.1)) for t in (2.0, 4.0, 8.0, 16.0)]
+    assert all(later < before for before, later in itertools.pairwise(falling))
+
+
+def pair_loss(name: str, rewards: Tensor, p: float, *, beta: float) -> Tensor:
+    """Expected loss of two answers with rewards (beta A, beta B), of which A wins with probability p."""
+    params = find_card(name).defaults | {"beta": beta}
+    formula = loss_function(name)
+    a, b = rewards[:1] / beta, rewards[1:] / beta
+    wins, loses = formula(pairs(a, b), params, None)[0], formula(pairs(b, a), params, None)[0]
+    return (p * wins + (1 - p) * loses).sum()
+
+
+def minimiser(name: str, p: float, *, beta: float) -> tuple[float, float]:
+    """(beta A, beta B) by L-BFGS in float64, from a margin of 2: discopop has a second minimum near zero."""
+    rewards = torch.tensor([1.0, -1.0], dtype=torch.float64, requires_grad=True)
+    lbfgs = torch.optim.LBFGS([rewards], max_iter=200, tolerance_grad=1e-10, tolerance_change=1e-14,
+                              line_search_fn="strong_wolfe")  # fmt: skip
+
+    def closure() -> Tensor:
+        lbfgs.zero_grad()
+        loss = pair_loss(name, rewards, p, beta=beta)
+        loss.backward()
+        return loss
+
+    lbfgs.step(closure)
+    return tuple(rewards.tolist())
 
 
 @pytest.mark.parametrize(("name", "u"), [("cdpo", logit(0.9)), ("ipo_sum", 0.5), ("ipo_mean", 0.5)])
@@ -86,9 +191,9 @@ def descend(name: str, *, beta: float | Tensor, lr: float, steps: int) -> Tensor
     """SGD on one certain pair of two free logits (|grad h|^2 = 2): h after each step, (steps, len(beta))."""
     beta = torch.as_tensor(beta, dtype=torch.float64).reshape(-1)
     logits = torch.zeros(2, len(beta), dtype=torch.float64, requires_grad=True)
-    path = []
+    formula, path = loss_function(name), []
     for _ in range(steps):
-        losses, _ = loss_function(name)(pairs(logits[0], logits[1]), {"beta": beta}, None)
+        losses, _ = formula(pairs(logits[0], logits[1]), {"beta": beta}, None)
         (slope,) = torch.autograd.grad(losses.sum(), logits)
         logits = (logits - lr * slope).detach().requires_grad_()
         path.append((logits[0] - logits[1]).detach())
@@ -154,13 +259,12 @@ def bandit(name: str, comparisons: Comparisons, *, taus: Sequence[float], at: Se
     adam = torch.optim.Adam([theta], lr=0.01)
     winners, losers = (torch.tensor(side) for side in zip(*comparisons, strict=True))
     beta = torch.tensor(taus, dtype=torch.float64).repeat_interleave(len(comparisons))
-    seen = {}
+    formula, seen = loss_function(name), {}
     for step in range(1, max(at) + 1):
         log_policy = theta.log_softmax(-1) + math.log(3)  # log-ratio to the uniform reference
         stats = pairs(log_policy[:, winners].flatten(), log_policy[:, losers].flatten())
-        losses, _ = loss_function(name)(stats, {"beta": beta}, None)
-        adam.zero_grad()
-        (losses.sum() / len(comparisons)).backward()
+        losses, _ = formula(stats, {"beta": beta}, None)
+        (theta.grad,) = torch.autograd.grad(losses.sum() / len(comparisons), theta)
         adam.step()
         if step in at:
             seen[step] = theta.softmax(-1).detach()
@@ -197,11 +301,11 @@ def test_on_a_chain_ipo_stops_and_dpo_lets_the_others_vanish():
     assert bandit("sigmoid", CHAIN, taus=(0.1, 0.5), at=[2500])[2500][:, 0].min() >= 0.999
 
 
+@pytest.mark.parametrize("comparisons", [CYCLE, ((0, 1), (1, 0))], ids=["cycle", "contradiction"])
 @pytest.mark.parametrize("name", ["ipo_sum", "sigmoid"])
-def test_a_cycle_of_preferences_leaves_the_reference(name: str):
-    torch.testing.assert_close(
-        bandit(name, CYCLE, taus=TAUS, at=[200])[200], torch.full((4, 3), 1 / 3, dtype=torch.float64)
-    )
+def test_preferences_that_cancel_leave_the_reference(name: str, comparisons: Comparisons):
+    policy = bandit(name, comparisons, taus=TAUS, at=[200])[200]
+    torch.testing.assert_close(policy, torch.full((4, 3), 1 / 3, dtype=torch.float64))
 
 
 def test_an_action_that_never_wins_keeps_mass_under_ipo_only():

@@ -6,6 +6,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
+from pair_stats import full_stats, random_stats
 
 from prefopt_ray.losses.cards import CARDS, LossCard
 from prefopt_ray.losses.stats import PairStats
@@ -17,6 +18,7 @@ from prefopt_ray.measures.metrics import (
     gap_metric_keys,
     gap_metrics,
     ipo_h_over_target,
+    length_correlation,
     margins,
     metric_keys,
     pair_metrics,
@@ -36,17 +38,17 @@ def make_stats(rows: list[tuple[float, ...]]) -> PairStats:
     """Rows of (policy chosen, policy rejected, reference chosen, reference rejected, tokens, tokens)."""
     logps = [torch.tensor([row[i] for row in rows], dtype=torch.float32) for i in range(4)]
     tokens = [torch.tensor([int(row[i]) for row in rows]) for i in (4, 5)]
-    return PairStats(torch.arange(len(rows)), *logps, *tokens)
-
-
-def random_stats(*, pairs: int, seed: int) -> PairStats:
-    rng = np.random.default_rng(seed)
-    rows = [(*rng.uniform(-40, -1, size=4), *rng.integers(1, 30, size=2)) for _ in range(pairs)]
-    return make_stats(rows)
+    return full_stats(*logps, tokens=(tokens[0], tokens[1]))
 
 
 def at_the_reference(stats: PairStats) -> PairStats:
-    return replace(stats, policy_chosen=stats.reference_chosen, policy_rejected=stats.reference_rejected)
+    """Before the first step: nothing has drifted."""
+    return replace(
+        stats,
+        policy_chosen=stats.reference_chosen, policy_rejected=stats.reference_rejected,
+        policy_chosen_prefix=stats.reference_chosen_prefix, policy_rejected_prefix=stats.reference_rejected_prefix,
+        chosen_kl=0 * stats.chosen_kl, rejected_kl=0 * stats.rejected_kl, mismatched_drift=0 * stats.mismatched_drift,
+    )  # fmt: skip
 
 
 # Three pairs: h = 4, -3, 0; drifts chosen -1, -2, +3; rejected -5, +1, +3.
@@ -168,23 +170,42 @@ GRAD_WEIGHTS = {
     "ipo_mean": lambda m: abs(m - 1) / 1,
     "hinge": lambda m: float(0.05 * m < 1),
     "simpo": lambda m: sigma(-(2.0 * m - 1.0)),
+    "sigmoid_norm": lambda m: sigma(-5.0 * m),
 }
 
 
-@EVERY_CARD
-def test_saturation_is_the_mean_pull_of_a_pair(card: LossCard):
-    stats = random_stats(pairs=12, seed=3)
+@pytest.mark.parametrize("name", GRAD_WEIGHTS)
+def test_saturation_is_the_mean_pull_of_a_pair(name: str):
+    card, stats = CARDS[name], random_stats(pairs=12, seed=3)
     expected = np.mean([GRAD_WEIGHTS[card.name](margin) for margin in margins(stats, card)])
     assert saturation(stats, card, defaults(card)) == pytest.approx(expected, rel=1e-9)
 
 
 @EVERY_CARD
+def test_a_loss_without_a_unit_of_its_own_starts_with_a_pull_of_one(card: LossCard):
+    start = saturation(at_the_reference(random_stats(pairs=12, seed=3)), card, defaults(card))
+    assert card.bradley_terry or start == pytest.approx(1.0)
+
+
+def test_saturation_follows_the_state_a_loss_carries():
+    at_shift = {"shift": 0.5}
+    rewarded = make_stats([(-10, -10, -20, -20, 5, 5)])  # drifts of 10 nats, rewards of one half: on the shift
+    assert saturation(rewarded, CARDS["bco"], {"beta": 0.05, "shift_decay": 0.9}, state=at_shift) == pytest.approx(1.0)
+
+
+def test_rewards_of_a_loss_without_beta_are_not_scaled():
+    assert pair_metrics(HAND, CARDS["rebel"], {"eta": 7.0})["rewards/chosen"] == 0.0  # mean of -1, -2 and 3
+    assert pair_metrics(HAND, CARDS["rebel"], {"eta": 7.0})["rewards/margin"] == pytest.approx(1 / 3)
+
+
+@EVERY_CARD
 def test_saturation_can_be_asked_where_gradients_are_off(card: LossCard):
-    outside = saturation(HAND, card, defaults(card))
+    stats = random_stats(pairs=3, seed=3)
+    outside = saturation(stats, card, defaults(card))
     with torch.inference_mode():
-        inside = saturation(replace(HAND, policy_chosen=HAND.policy_chosen * 1), card, defaults(card))
+        inside = saturation(replace(stats, policy_chosen=stats.policy_chosen * 1), card, defaults(card))
     with torch.no_grad():
-        assert saturation(HAND, card, defaults(card)) == inside == outside
+        assert saturation(stats, card, defaults(card)) == inside == outside
 
 
 def test_dpo_starts_at_one_half_and_spent_pairs_do_not_pull():
@@ -222,6 +243,20 @@ def test_thirds_by_length_are_the_same_pairs_whatever_their_order_and_empty_thir
     card = CARDS["sigmoid"]
     assert accuracy_by_length(same_length, card) == accuracy_by_length(backwards, card)
     assert accuracy_by_length(make_stats([(1.0, 0.0, 0.0, 0.0, 7, 7)]), card) == (1.0, 0.5, 0.5)
+
+
+def test_a_margin_that_is_the_length_correlates_with_it_and_equal_lengths_explain_nothing():
+    """Correlation against numpy's; the effect size of margins 1, 2, 3 by hand."""
+    card, rng = CARDS["sigmoid"], np.random.default_rng(6)
+    lengths = rng.integers(1, 100, size=(90, 2))
+    noisy = [(-50.0 + c - r + 20 * rng.normal(), -50.0, -50.0, -50.0, c, r) for c, r in lengths]
+    expected = np.corrcoef(margins(make_stats(noisy), card), lengths[:, 0] - lengths[:, 1])[0, 1]
+    assert length_correlation(make_stats(noisy), card) == pytest.approx(expected)
+    even = make_stats([(float(i), 0.0, 0.0, 0.0, 7, 7) for i in (1, 2, 3)])
+    assert length_correlation(even, card) == 0.0
+    assert select_metrics(even, card, {"beta": 0.1}, groups=None)["effect_size"] == pytest.approx(2 / math.sqrt(2 / 3))
+    flat = make_stats([(1.0, 0.0, 0.0, 0.0, 7, 7)] * 3)
+    assert select_metrics(flat, card, {"beta": 0.1}, groups=None)["effect_size"] == 0.0
 
 
 def test_select_metrics_hold_the_gain_of_each_kind_of_margin():
