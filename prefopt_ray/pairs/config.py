@@ -26,6 +26,9 @@ class SourceConfig:
     rows: tuple[Mapping[str, Any], ...] | None = None  # ready rows; nothing is read from disk
 
 
+MODEST_PAIRS = 256  # with fewer the gain's own optimism, 1/(2n) nats, and its noise decide
+
+
 @dataclass(frozen=True)
 class PartConfig:
     """One part. `source=None` carves it out of train's source, by prompt."""
@@ -33,6 +36,12 @@ class PartConfig:
     source: SourceConfig | None
     pairs: int | None = None  # None = all; otherwise this many, chosen by prompt and seed
     most: float = 1.0  # but at most this share of the source's pairs: a default size must fit small files
+    modest: float = 1.0  # and at most this share once it has MODEST_PAIRS: a part scored again and again costs time
+
+    @property
+    def sizes(self) -> tuple[int | None, float, float]:
+        """What decides how many pairs it gets."""
+        return self.pairs, self.most, self.modest
 
 
 @dataclass(frozen=True)

@@ -12,7 +12,7 @@ from pathlib import Path
 
 from transformers import PreTrainedTokenizerBase
 
-from prefopt_ray.pairs.config import PART_NAMES, PairsConfig, PartConfig
+from prefopt_ray.pairs.config import MODEST_PAIRS, PART_NAMES, PairsConfig, PartConfig
 from prefopt_ray.pairs.encode import Encoder, tokenizer_fingerprint
 from prefopt_ray.pairs.parts import FILL_ORDER, Drop, FilledPart, Pool, build_pool, fill_part
 from prefopt_ray.pairs.rows import Source, open_source
@@ -127,9 +127,10 @@ def _load(
 
 
 def _wanted(part: PartConfig, pool: Pool) -> int | None:
-    if part.pairs is None or part.most >= 1.0:
+    if part.pairs is None or (part.most, part.modest) == (1.0, 1.0):
         return part.pairs
-    return max(1, min(part.pairs, int(part.most * len(pool.pairs))))
+    modest = max(MODEST_PAIRS, int(part.modest * len(pool.pairs)))
+    return max(1, min(part.pairs, int(part.most * len(pool.pairs)), modest))
 
 
 class _Progress:
@@ -270,7 +271,7 @@ def _part_warnings(name: str, asked: int | None, part: FilledPart) -> list[str]:
 def _cache_key(config: PairsConfig, tokenizer: PreTrainedTokenizerBase, sources: Mapping[str, Source]) -> str:
     """Over content only: not over paths, names, times or library versions."""
     parts = {
-        name: [sources[name].fingerprint, sorted(config.source_of(name).columns.items()), config.parts[name].pairs, config.parts[name].most]
+        name: [sources[name].fingerprint, sorted(config.source_of(name).columns.items()), *config.parts[name].sizes]
         for name in PART_NAMES
     }
     text = "plain" if config.text == "plain" else template_text(config.text, tokenizer)

@@ -65,6 +65,11 @@ class PairTokens:
             None if self.scores is None else self.scores[indices],
         )
 
+    def first_of_groups(self, wanted: int) -> np.ndarray:
+        """Indices of the first pair of each of the first `wanted` prompts, in pair order."""
+        _, first = np.unique(self.groups, return_index=True)
+        return np.sort(first)[:wanted]
+
     def arrays(self) -> dict[str, np.ndarray]:
         """Flat named arrays, for storage and hashing; `scores` only where there are some."""
         out = {"row_ids": self.row_ids, "groups": self.groups}

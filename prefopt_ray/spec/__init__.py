@@ -6,7 +6,7 @@ defaults), `space` (domains), `steps` (lengths), `rules` (between keys), `proble
 """
 
 from prefopt_ray.spec.load import dump_spec, load_spec, parse_spec
-from prefopt_ray.spec.model import SweepSpec, one_point_spec
+from prefopt_ray.spec.model import SweepSpec, confirmed_spec, one_point_spec
 from prefopt_ray.spec.sections import Baseline, OtherModel, PartSpec
 from prefopt_ray.spec.space import Choices, Domain, Integer, LogUniform, Uniform, grid_points
 
@@ -23,6 +23,7 @@ __all__ = [
     "dump_spec",
     "grid_points",
     "load_spec",
+    "confirmed_spec",
     "one_point_spec",
     "parse_spec",
 ]

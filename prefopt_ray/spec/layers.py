@@ -25,6 +25,7 @@ UNREAD: dict[tuple[KeyPath, str], dict[str, frozenset[str]]] = {
         "sgd": frozenset({"betas", "eps"}),
     },
     (("search",), "method"): {"grid": frozenset({"trials_per_loss"})},
+    (("judge",), "at"): {"end": frozenset({"time_limit_s"})},
     (("scheduler",), "kind"): {
         "asha": frozenset({"stop_steps"}),
         "none": frozenset({"preset", "first_rung", "keep_one_in", "within", "stop_steps"}),
@@ -36,6 +37,7 @@ UNREAD: dict[tuple[KeyPath, str], dict[str, frozenset[str]]] = {
 _ALTERNATIVES: dict[KeyPath, tuple[frozenset[str], ...]] = {
     ("training",): (frozenset({"epochs"}), frozenset({"pairs"}), frozenset({"steps"})),
     ("scheduler",): (frozenset({"preset"}), frozenset({"first_rung", "keep_one_in"})),
+    ("judge",): (frozenset({"reward_model"}), frozenset({"callable"}), frozenset({"endpoint"})),
     **{
         ("data", part): (frozenset({"from"}), frozenset({"source", "revision", "split", "data_dir", "files"}))
         for part in PARTS
@@ -238,20 +240,30 @@ def _map_at(node: Node, path: KeyPath, change: Callable[[Node], Node]) -> Node:
 def _path_keys() -> Iterator[KeyPath]:
     yield from (("model", "policy"), ("model", "start_adapter"), ("data", "text"))
     yield from (("model", "reference", "model"), ("model", "reference", "adapter"))
+    yield from (("judge", "reward_model"), ("judge", "callable"), ("judge", "endpoint", "template"))
     for part in PARTS:
         yield ("data", part, "source")
 
 
-_WORDS = ("gold", "template", "plain")  # never a folder that happens to have this name
+_WORDS = ("gold", "bandit", "template", "plain")  # never a folder that happens to have this name
 
 
 def _absolute(node: Node) -> Node:
     written = node.value
     if not isinstance(written, str) or not written or written in _WORDS or "://" in written:
         return node
+    if (function := _function_of_file(written)) is not None:
+        file, name = function
+        return Node(f"{os.path.normpath(node.origin.folder / Path(file).expanduser())}:{name}", node.origin)
     path = Path(written).expanduser()
     named_as_path = written.startswith((".", "~", "/")) or written.endswith((*DATA_ENDINGS, ".jinja"))
     local = node.origin.folder / path
     if named_as_path or local.exists():
         return Node(os.path.normpath(local), node.origin)
     return node
+
+
+def _function_of_file(written: str) -> tuple[str, str] | None:
+    """(file, name) of `FILE.py:name`."""
+    file, colon, name = written.rpartition(":")
+    return (file, name) if colon and file.endswith(".py") else None

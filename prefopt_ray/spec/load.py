@@ -1,5 +1,6 @@
 """Load a spec: layers -> tree -> sections -> rules, and report every problem of all of them at once."""
 
+import typing
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -75,8 +76,9 @@ def _sections(root: Node) -> tuple[dict[str, Any], list[Problem]]:
 
 def _valid_sections(plain: dict[str, Any], invalid: set[str]) -> Iterator[tuple[str, Any]]:
     for name, field in SweepFields.model_fields.items():
-        section = field.annotation
-        if name not in invalid and isinstance(section, type) and issubclass(section, BaseModel):
+        kinds = (field.annotation, *typing.get_args(field.annotation))  # `Section | None` too
+        section = next((kind for kind in kinds if isinstance(kind, type) and issubclass(kind, BaseModel)), None)
+        if name not in invalid and section is not None:
             yield name, section.model_validate(plain[name]) if name in plain else field.default
 
 

@@ -15,14 +15,20 @@ from pydantic import Field, PlainSerializer, PlainValidator, model_validator
 from prefopt_ray.errors import Problem, SpecError
 from prefopt_ray.losses.cards import LossCard, find_card
 from prefopt_ray.spec.layers import UNREAD
+from prefopt_ray.spec.evaluation_plan import MOST_PROBE, MOST_PROMPTS, Workload, fitted
 from prefopt_ray.spec.rules import findings
 from prefopt_ray.spec.sections import (
+    AUTO,
+    RUNGS,
     Baseline,
+    ConfirmSpec,
     DataSpec,
     EvalSpec,
     GuardsSpec,
+    JudgeSpec,
     ModelSpec,
     ObjectiveSpec,
+    ReplicatesSpec,
     ResourcesSpec,
     SamplesSpec,
     SchedulerSpec,
@@ -30,17 +36,22 @@ from prefopt_ray.spec.sections import (
     Section,
     TrackingSpec,
     TrainingSpec,
+    VerdictsSpec,
     parse_storage,
 )
 from prefopt_ray.spec.space import LEARNING_RATE, Choices, Space, distinct_points, grid_points, loss_space, two_digits
 from prefopt_ray.spec.steps import (
+    AUTO_EVALUATIONS,
+    OPTIONAL_EVALUATIONS,
     amount_in_steps,
     evaluation_steps,
     full_length,
+    middle_first,
     micro_batch,
     rung_steps,
     sample_steps,
 )
+from prefopt_ray.thresholds import Thresholds
 from prefopt_ray.trial import (
     AdapterConfig,
     EvaluationConfig,
@@ -52,6 +63,8 @@ from prefopt_ray.trial import (
 
 # Gold completions have about 8 tokens, so the same drift of a whole completion is more per token.
 GOLD_DRIFT_LIMIT = 0.5  # nats per token
+# `objective.metric` as the metric of a report. A win rate counts by its lower bound: luck on few prompts ranks low.
+OBJECTIVES = {"gain": EvaluationConfig.objective, "judge": "judge/win_lcb", "gold": "gold/win_low"}
 # The method everybody knows with its paper's beta.
 DEFAULT_BASELINE = Baseline("sigmoid", {})
 
@@ -71,8 +84,12 @@ class SweepFields(Section):
     scheduler: SchedulerSpec = SchedulerSpec()
     eval: EvalSpec = EvalSpec()
     samples: SamplesSpec = SamplesSpec()
+    judge: JudgeSpec | None = None
     objective: ObjectiveSpec = ObjectiveSpec()
     guards: GuardsSpec = GuardsSpec()
+    verdicts: VerdictsSpec = VerdictsSpec()
+    replicates: ReplicatesSpec | None = None
+    confirm: ConfirmSpec | None = None
     resources: ResourcesSpec = ResourcesSpec()
     tracking: TrackingSpec = TrackingSpec()
     # Relative to where the command runs, not to the spec: a spec in a read-only place still has results.
@@ -105,9 +122,11 @@ class SweepSpec(SweepFields):
         for (path, key), unread in UNREAD.items():
             section = plain
             for name in path:
-                section = section[name]
-            for name in unread.get(section[key], ()):
+                section = section.get(name, {})  # a section that is absent by default
+            for name in unread.get(section.get(key), ()):
                 section.pop(name, None)
+        if self.replicates is not None:
+            del plain["training"]["seed"]  # not read beside replicates.seeds
         for section, key in (("data", "columns"), ("search", "shared")):
             if not plain[section][key]:
                 del plain[section][key]
@@ -120,6 +139,8 @@ class SweepSpec(SweepFields):
         leaves them out.
         """
         plain = {key: value for key, value in self.to_dict().items() if key not in _NOT_CONTENT}
+        if self.judge is not None and self.judge.at == "end":
+            del plain["judge"]  # it only looks at what was trained
         plain["data"] |= {name: self.data.part(name).model_dump() for name in ("train", "select", "test")}
         plain["data"] |= {"text": self.data.text_mode, "columns": None}
         spaces = {loss: {key: repr(domain) for key, domain in s.items()} for loss, s in self.loss_spaces().items()}
@@ -155,8 +176,28 @@ class SweepSpec(SweepFields):
         return [(loss, point) for loss, space in self.loss_spaces().items() for point in grid_points(space)]
 
     @property
+    def seeds(self) -> tuple[int, ...]:
+        """Training seeds of every configuration; the first seed's trial comes first."""
+        return self.replicates.seeds if self.replicates is not None else (self.training.seed,)
+
+    @property
     def trial_count(self) -> int:
-        """Trials of the sweep, the baseline counted once."""
+        """Trials that the sweep may take: every configuration with every seed, and the confirmation.
+
+        Fewer where further seeds are spared (`replicates.from`) or the baseline is itself among the `confirm.top`.
+        """
+        return self.configuration_count * len(self.seeds) + self.confirm_count
+
+    @property
+    def confirm_count(self) -> int:
+        """Trials of the confirmation at most: the first `top` and the baseline, with every fresh seed."""
+        if self.confirm is None:
+            return 0
+        return min(self.confirm.top + 1, self.configuration_count) * len(self.confirm.seeds)
+
+    @property
+    def configuration_count(self) -> int:
+        """Configurations of the sweep, the baseline counted once."""
         if self.search.method != "grid":
             assert self.search.trials_per_loss is not None
             return 1 + self.search.trials_per_loss * len(self.search.losses)
@@ -166,7 +207,14 @@ class SweepSpec(SweepFields):
     @property
     def is_one_point(self) -> bool:
         """The whole sweep is one trial: what `best` prints."""
-        return self.search.method == "grid" and self.trial_count == 1
+        return self.search.method == "grid" and self.trial_count == 1  # so no replicates and nothing to confirm
+
+    @property
+    def thresholds(self) -> Thresholds:
+        """What verdicts compare with."""
+        own = {name: value for name, value in dict(self.verdicts).items() if value is not None}
+        task = {"drift_limit_per_token": GOLD_DRIFT_LIMIT} if self.data.is_gold else {}
+        return Thresholds(**task | own)
 
     # ---- one trial ----
 
@@ -190,12 +238,14 @@ class SweepSpec(SweepFields):
         return stop
 
     def trial_config(
-        self, loss: str, values: Mapping[str, float], *, train_pairs: int, max_tokens_hint: int | None = None
+        self, loss: str, values: Mapping[str, float], *, train_pairs: int, max_tokens_hint: int | None = None,
+        workload: Workload | None = None,
     ) -> TrialConfig:
         """One trial in steps and numbers. `values` holds each of the loss's parameters and `learning_rate`.
 
         `max_tokens_hint`: tokens of the longest pair, where the data is shorter than `data.max_tokens`; it only
-        decides `micro_batch_pairs: auto`. Raises SpecError if the values are not the loss's.
+        decides `micro_batch_pairs: auto`. `workload` decides what `auto` means in `eval` and `samples`; without it
+        they are at their fullest. Raises SpecError if the values are not the loss's.
         """
         card = find_card(loss)
         _check_point(card, values)
@@ -205,11 +255,17 @@ class SweepSpec(SweepFields):
             loss_params={name: float(values[name]) for name in card.param_names},
             learning_rate=float(values[LEARNING_RATE]),
             training=self._training(total, max_tokens_hint or self.data.max_tokens),
-            evaluation=self._evaluation(total),
+            evaluation=self.evaluation(total, workload),
             adapter=AdapterConfig(**dict(self.model.adapter)),
-            guards=GuardConfig(self.guards.diverged, self.guards.overfit, **self._drift_limit()),
-            seed=self.training.seed,
+            guards=GuardConfig(**dict(self.guards), drift_limit_per_token=self.thresholds.drift_limit_per_token),
+            seed=self.seeds[0],
         )
+
+    def replicates_from(self, total_steps: int) -> int:
+        """The step that a configuration's first seed must pass before the others start; 0 = they start together."""
+        if self.replicates is None or self.replicates.from_ is None:
+            return 0
+        return min(self.stop_step(total_steps), max(1, amount_in_steps(self.replicates.from_, total_steps)))
 
     def _training(self, total: int, max_tokens: int) -> TrainingConfig:
         training = self.training
@@ -225,25 +281,35 @@ class SweepSpec(SweepFields):
             gradient_checkpointing=training.gradient_checkpointing,
         )
 
-    def _evaluation(self, total: int) -> EvaluationConfig:
+    def evaluation(self, total: int, workload: Workload | None = None) -> EvaluationConfig:
+        """When and on how much a trial is evaluated, on a schedule of `total` steps."""
         last, rungs = self.stop_step(total), self._rungs(total)
+        at = AUTO_EVALUATIONS if self.eval.at == AUTO else self.eval.at
         decisions = {*self.rung_steps(total), *(s for s in (self.scheduler.stop_steps or {}).values() if s <= last)}
+        decisions |= {self.replicates_from(total)}
         samples = sample_steps(self.samples.at, rungs, total, last)
-        return EvaluationConfig(
-            steps=tuple(sorted({*evaluation_steps(self.eval.at, rungs, total, last), *decisions, *samples})),
-            probe_pairs=self.eval.train_probe,
+        fullest = EvaluationConfig(
+            steps=tuple(sorted({*evaluation_steps(at, rungs, total, last), *decisions, *samples})),
+            probe_pairs=MOST_PROBE if self.eval.train_probe == AUTO else self.eval.train_probe,
             sample_steps=samples,
-            sample_prompts=self.samples.prompts,
+            sample_prompts=MOST_PROMPTS if self.samples.prompts == AUTO else self.samples.prompts,
             max_new_tokens=self.samples.max_new_tokens,
             sample_seed=self.samples.seed,
+            keep="all" if self.replicates is not None else EvaluationConfig.keep,
+            objective=OBJECTIVES[self.objective.metric],
+        )
+        if workload is None:
+            return fullest
+        quarters = evaluation_steps(OPTIONAL_EVALUATIONS, (), total, last) if self.eval.at == AUTO else ()
+        needed = {*evaluation_steps((RUNGS,), rungs, total, last), *decisions, *samples}
+        return fitted(
+            fullest, workload, optional=middle_first([step for step in quarters if step not in needed]),
+            probe=self.eval.train_probe == AUTO, prompts=self.samples.prompts == AUTO,
         )
 
     def _rungs(self, total: int) -> tuple[int, ...]:
         """What `rungs` means in `at`, also without ASHA: sweeps with and without it are evaluated at equal steps."""
         return rung_steps(self.scheduler, total, self.stop_step(total))
-
-    def _drift_limit(self) -> dict[str, float]:
-        return {"drift_limit_per_token": GOLD_DRIFT_LIMIT} if self.data.is_gold else {}
 
     def _space(self, card: LossCard, own: Mapping[str, Any]) -> Space:
         search = self.search
@@ -257,20 +323,23 @@ class SweepSpec(SweepFields):
 
 
 def one_point_spec(
-    spec: SweepSpec, loss: str, values: Mapping[str, float], *, stop_step: int, total_steps: int
+    spec: SweepSpec, loss: str, values: Mapping[str, float], *, stop_step: int, total_steps: int,
+    evaluation: EvaluationConfig | None = None,
 ) -> SweepSpec:
     """The spec that trains exactly one configuration again, to `stop_step` of a schedule of `total_steps`.
 
-    Its baseline is the point itself, so a run of it is one trial; evaluations are at the sweep's own steps, so the
-    selected step is met again.
+    Its baseline is the point itself, so a run of it is one trial; evaluations are those of the sweep (`evaluation`,
+    where `auto` was resolved on its data), so the selected step is met again.
     """
     plain = spec.to_dict()
     card = find_card(loss)
     _check_point(card, values)
     point = {name: float(values[name]) for name in (*card.param_names, LEARNING_RATE)}
-    evaluation = spec._evaluation(total_steps)
+    evaluation = evaluation or spec.evaluation(total_steps)
     training = {key: value for key, value in plain["training"].items() if key not in ("epochs", "pairs")}
-    plain["training"] = training | {"steps": total_steps, "stop_step": stop_step}
+    plain["training"] = training | {"steps": total_steps, "stop_step": stop_step, "seed": spec.seeds[0]}
+    plain.pop("replicates", None)
+    plain.pop("confirm", None)
     plain["search"] = {
         "method": "grid",
         "losses": {card.name: point},
@@ -279,8 +348,33 @@ def one_point_spec(
     }
     plain["scheduler"] = {"kind": "none"}
     plain["eval"]["at"] = [step for step in evaluation.steps if step <= stop_step]
+    plain["eval"]["train_probe"] = evaluation.probe_pairs
     plain["samples"]["at"] = [step for step in evaluation.sample_steps if step <= stop_step] or "never"
+    plain["samples"]["prompts"] = evaluation.sample_prompts
     plain["name"] = spec.name if spec.is_one_point else f"{spec.name[:75]}-best"
+    return SweepSpec.from_dict(plain)
+
+
+def confirmed_spec(spec: SweepSpec, searched: TrialConfig, *, length: int, seed: int) -> SweepSpec:
+    """The spec of one run of the confirmation: from scratch, to exactly `length`, on `confirm.schedule` over it.
+
+    `searched` is the configuration as the search trained it: warm-up and evaluations stay at the steps they had there.
+    No guard but the one against divergence ends the run, since its length is chosen already.
+    """
+    assert spec.confirm is not None
+    total, evaluation = searched.training.total_steps, searched.evaluation
+    values = {**searched.loss_params, LEARNING_RATE: searched.learning_rate}
+    plain = one_point_spec(
+        spec, searched.loss, values, stop_step=length, total_steps=total, evaluation=evaluation
+    ).to_dict()
+    plain["training"] |= {
+        "steps": length, "stop_step": length, "seed": seed, "schedule": spec.confirm.schedule,
+        "warmup": min(searched.training.warmup_steps, length - 1),
+    }
+    plain["guards"] |= {name: "flag" for name, action in plain["guards"].items()
+                        if name != "diverged" and action == "stop"}
+    if evaluation.sample_steps:
+        plain["samples"]["at"] = sorted({*(step for step in evaluation.sample_steps if step < length), length})
     return SweepSpec.from_dict(plain)
 
 

@@ -16,6 +16,7 @@ from pydantic_core import ErrorDetails
 from prefopt_ray.errors import Problem
 from prefopt_ray.spec.layers import KeyPath
 from prefopt_ray.spec.rules import Finding
+from prefopt_ray.spec.sections import DIVERGENCE_KEYS, DIVERGENCE_RULE, divergence_fix
 from prefopt_ray.spec.space import reads_as_number
 from prefopt_ray.spec.yaml_source import MAX_INTEGER, Node, describe
 
@@ -24,9 +25,6 @@ _REQUIRED = "is required"
 
 # Keys of the full spec that this version does not honour, and what to do today.
 _NOT_YET_KEYS: dict[KeyPath, str] = {
-    ("judge",): "remove it; trials are ranked by gain on the select pairs",
-    ("confirm",): "remove it; to confirm, run the printed best spec with another training.seed",
-    ("replicates",): "remove it; run again with another training.seed",
     ("budget",): "remove it; search.trials_per_loss and training set the cost",
     ("checkpoints",): "remove it; the best and the last two of each trial are kept",
     ("resources", "gpus"): "remove it; CUDA_VISIBLE_DEVICES chooses GPUs, gpus_per_trial says how many a trial takes",
@@ -34,7 +32,6 @@ _NOT_YET_KEYS: dict[KeyPath, str] = {
 }
 _NOT_YET_VALUES: dict[tuple[KeyPath, str], str] = {
     (("model", "adapter", "kind"), "qlora"): "use lora with dtype: bfloat16",
-    (("guards", "collapsed"), "stop"): "use flag; the verdict is in every table",
     (("objective", "drift_limit"), "stop"): "use flag; the drift is in every table",
     (("resources", "trials_per_gpu"), "auto"): "name a number, 1 is safe",
 }
@@ -88,7 +85,8 @@ def from_pydantic(error: ErrorDetails, root: Node, model: type[BaseModel]) -> Pr
     if kind == "missing":
         return Problem(node.origin.place, _dotted(path), "", _REQUIRED, _EXAMPLES.get(".".join(path), ""))
     rule, fix = _rule(error, path)
-    return Problem(node.origin.place, _dotted(path), describe(error["input"]), rule, fix)
+    found = "" if path in _MAY_HOLD_SECRETS else describe(error["input"])
+    return Problem(node.origin.place, _dotted(path), found, rule, fix)
 
 
 def unreadable(root: Node) -> Iterator[Problem]:
@@ -128,13 +126,15 @@ def nearest(root: Node, path: KeyPath) -> Node:
     return root
 
 
+# A key pasted here by mistake is not repeated in an error, which ends in logs.
+_MAY_HOLD_SECRETS: tuple[KeyPath, ...] = (("judge", "endpoint", "key_env"), ("judge", "endpoint", "url"))
 _NO_TEXT_RULE = "holds a line break, a control character or half a character"
 _NO_TEXT = re.compile(r"[\x00-\x1f\x7f-\x9f\ud800-\udfff]")
 
 _EXAMPLES = {
     "name": "add name: my-sweep",
     "model": "add model: {policy: Qwen/Qwen2.5-0.5B-Instruct}",
-    "model.policy": "a hub id, a local folder, or gold",
+    "model.policy": "a hub id, a local folder, gold or bandit",
     "data": "add data: {train: {source: pairs.jsonl}}",
     "data.train": "add train: {source: pairs.jsonl}",
     "data.columns": "add columns: {prompt: question}",
@@ -145,6 +145,8 @@ _EXAMPLES = {
     "search.shared": "add shared: {learning_rate: 5e-6}",
     "search": "add search: {trials_per_loss: 8, losses: {sigmoid: {}}}",
     "search.losses": "add losses: {sigmoid: {}, ipo_sum: {}}",
+    "replicates.seeds": "add seeds: [1, 2, 3]",
+    "confirm.seeds": "add seeds: [11, 12]",
 }
 
 _COMPARISONS = {
@@ -170,6 +172,8 @@ def _rule(error: ErrorDetails, path: KeyPath) -> tuple[str, str]:
     """(rule, fix) of a value that is there but wrong."""
     kind, context = error["type"], error.get("ctx", {})
     name = path[-1] if path else ""
+    if path[:2] == ("search", "losses") and len(path) == 4 and name in DIVERGENCE_KEYS:
+        return DIVERGENCE_RULE, divergence_fix(path[2], error["input"])
     if kind == "rule":
         return context["rule"], context["fix"]
     if kind in _COMPARISONS:

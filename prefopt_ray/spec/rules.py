@@ -10,20 +10,31 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from prefopt_ray.losses.cards import CARDS, LOSS_NAMES, LossCard, closest_loss, find_card
+from prefopt_ray.losses.cards import CARDS, LossCard, closest_loss, find_card
 from prefopt_ray.spec.layers import UNREAD
 from prefopt_ray.spec.sections import (
+    DIVERGENCE_KEYS,
+    DIVERGENCE_RULE,
+    BANDIT,
+    EMBEDDED,
     GOLD,
     PRESETS,
+    ConfirmSpec,
+    RUNGS,
     SCORE_COLUMNS,
     DataSpec,
+    JudgeSpec,
     ModelSpec,
+    ObjectiveSpec,
     PartSpec,
+    ReplicatesSpec,
     ResourcesSpec,
+    SamplesSpec,
     SchedulerSpec,
     SearchSpec,
     Section,
     TrainingSpec,
+    divergence_fix,
 )
 from prefopt_ray.spec.space import (
     LEARNING_RATE,
@@ -50,6 +61,18 @@ class Finding:
     fix: str = ""
 
 
+def unknown_loss(written: str) -> tuple[str, str]:
+    """(rule, fix) for a name that `find_card` does not know; why, where it is a composition that is not defined."""
+    try:
+        find_card(written)
+    except KeyError as error:
+        _, is_explained, why = str(error.args[0]).partition(": ")
+        if is_explained:
+            return why, ""
+    used = ", ".join(name for name, card in CARDS.items() if not card.experimental)
+    return f"unknown loss; widely used are {used}; `prefopt losses` lists all", _meant_loss(written)
+
+
 def findings(sections: Mapping[str, Any]) -> Iterator[Finding]:
     """Every broken rule among the sections that are present."""
     for names, rule in _RULES:
@@ -61,24 +84,34 @@ def findings(sections: Mapping[str, Any]) -> Iterator[Finding]:
 # ---- model and data ----
 
 
-def _gold_is_whole(model: ModelSpec, data: DataSpec) -> Iterator[Finding]:
-    gold_policy = model.policy == GOLD
-    fix = "policy and every source are gold, or none is"
+def _embedded_task_is_whole(model: ModelSpec, data: DataSpec) -> Iterator[Finding]:
+    own = model.policy if model.policy in EMBEDDED else None
     for name, part in _written_parts(data):
-        if part.source is not None and (part.source == GOLD) != gold_policy:
-            rule = "the gold policy knows no words but its own" if gold_policy else "gold pairs are for the gold policy"
+        if part.source not in (None, model.policy) and (own or part.source in EMBEDDED):
+            rule = f"the {own} policy knows no words but its own" if own else f"{part.source} has a policy of its own"
+            fix = f"policy and every source are {own or part.source}, or none is"
             yield Finding(("data", name, "source"), rule, fix)
-    if gold_policy and data.text not in (None, "plain"):
-        yield Finding(("data", "text"), "the gold language has no chat template", "write plain, or leave it out")
+    if own and data.text not in (None, "plain"):
+        yield Finding(("data", "text"), f"the {own} task has no chat template", "write plain, or leave it out")
+    if own == BANDIT and model.adapter.kind != "none":
+        rule = "the bandit's policy is three numbers: no adapter fits on it"
+        yield Finding(("model", "adapter", "kind"), rule, "write adapter: {kind: none}")
 
 
 def _sources_read_their_keys(data: DataSpec) -> Iterator[Finding]:
     for name, part in _written_parts(data):
         source = data.part(name)
-        if source.source == GOLD:
-            unread, what = ("split", "data_dir", "files", "revision", "columns"), "the gold source"
-            if part.pairs is None:
-                yield Finding(("data", name), "gold pairs are made on demand: how many?", "add pairs: 1000")
+        if part.flipped is not None and (source.source != GOLD or name != "train"):
+            yield Finding(("data", name, "flipped"), "only labels of gold train pairs can be flipped", "remove it")
+        if source.source in EMBEDDED:
+            unread, what = ("split", "data_dir", "files", "revision", "columns"), f"the {source.source} source"
+            if source.source == BANDIT and name == "train":
+                unread = unread[1:]
+                if part.split is None:
+                    rule = "which comparisons does the bandit observe?"
+                    yield Finding(("data", name), rule, "add split: total_order")
+            elif part.pairs is None:
+                yield Finding(("data", name), f"{source.source} pairs are made on demand: how many?", "add pairs: 1000")
         elif source.is_local_file:
             unread, what = ("split", "data_dir", "files", "revision"), "a single local file as the source"
         else:
@@ -89,7 +122,7 @@ def _sources_read_their_keys(data: DataSpec) -> Iterator[Finding]:
 
 
 def _revision_is_of_the_hub(model: ModelSpec) -> Iterator[Finding]:
-    if model.revision is not None and (model.policy == GOLD or model.policy.startswith("/")):
+    if model.revision is not None and (model.policy in EMBEDDED or model.policy.startswith("/")):
         yield Finding(("model", "revision"), "only a hub id has revisions", "remove it")
 
 
@@ -121,7 +154,7 @@ def _held_out_part(data: DataSpec, name: str, part: PartSpec) -> Iterator[Findin
                 yield Finding((*path, key), "is not read beside `from: train`", "keep one of the two")
         if part.pairs is None:
             yield Finding(path, "how many pairs to carve out of train?", "add pairs: 1000")
-    elif not data.is_gold and data.train.source is not None and data.part(name).origin() == data.train.origin():
+    elif not data.is_embedded and data.train.source is not None and data.part(name).origin() == data.train.origin():
         fix = f"write {{from: train, pairs: {part.pairs or 1000}}}, or name another split"
         yield Finding(path, "these are the pairs that train reads", fix)
 
@@ -209,14 +242,14 @@ def _losses_are_known(search: SearchSpec) -> Iterator[Finding]:
         card = _card(written)
         path = ("search", "losses", written)
         if card is None:
-            yield Finding(path, _unknown_loss(), _meant_loss(written))
+            yield Finding(path, *unknown_loss(written))
         elif card.name in seen:
             rule = f"{written} and {seen[card.name]} are the same loss"
             yield Finding(path, rule, f"keep one, as {card.name}")
         else:
             seen[card.name] = written
     if search.baseline is not None and _card(search.baseline.loss) is None:
-        yield Finding(("search", "baseline", "loss"), _unknown_loss(), _meant_loss(search.baseline.loss))
+        yield Finding(("search", "baseline", "loss"), *unknown_loss(search.baseline.loss))
 
 
 def _losses_read_their_parameters(search: SearchSpec) -> Iterator[Finding]:
@@ -260,7 +293,9 @@ def _shared_is_read(search: SearchSpec) -> Iterator[Finding]:
 
 
 def _parameter(card: LossCard, name: str, domain: Domain, path: tuple[str, ...]) -> Iterator[Finding]:
-    if name not in _readable(card):
+    if name in DIVERGENCE_KEYS and name not in _readable(card):
+        yield Finding(path, DIVERGENCE_RULE, divergence_fix(card.name, ""))
+    elif name not in _readable(card):
         rule = f"{card.name} does not read {name}; it reads {', '.join(_readable(card))}"
         yield Finding(path, rule, _meant(name, _readable(card)))
     elif name == LEARNING_RATE:
@@ -345,9 +380,13 @@ def _readable(card: LossCard) -> tuple[str, ...]:
 
 
 def _meant_loss(written: str) -> str:
+    if written == "nll":
+        return "it is a part of mixtures only, such as sigmoid+nll"
     close = closest_loss(written.lower())
-    full = f"did you mean {close}?" if close else ""
-    return full if close is None or close in CARDS else f"did you mean {close} (= {find_card(close).name})?"
+    meant = _card(close) if close else None
+    if meant is None:
+        return "one of your own is registered first: docs/guides/your-own-loss.md"
+    return f"did you mean {close}?" if close == meant.name else f"did you mean {close} (= {meant.name})?"
 
 
 def _meant(name: str, known: tuple[str, ...] | list[str]) -> str:
@@ -356,6 +395,76 @@ def _meant(name: str, known: tuple[str, ...] | list[str]) -> str:
         return f"did you mean {nicknames[name]}?"
     close = difflib.get_close_matches(name, known, n=1)
     return f"did you mean {close[0]}?" if close else ""
+
+
+# ---- judge and objective ----
+
+
+def _one_judge(judge: JudgeSpec | None) -> Iterator[Finding]:
+    if judge is None:
+        return
+    given = [kind for kind in ("reward_model", "callable", "endpoint") if getattr(judge, kind) is not None]
+    if not given:
+        yield Finding(("judge",), "who judges? one of reward_model, callable, endpoint", "add reward_model: org/model")
+    for kind in given[1:]:
+        yield Finding(("judge", kind), f"the judge is already {given[0]}", f"keep {kind} or {given[0]}")
+    endpoint = judge.endpoint
+    if endpoint is not None and endpoint.max_usd is not None and endpoint.usd_per_million_tokens is None:
+        fix = "add usd_per_million_tokens: {input: 0.15, output: 0.6}, or use max_calls"
+        yield Finding(("judge", "endpoint", "max_usd"), "dollars cannot be counted without prices", fix)
+
+
+def _objective_is_measured(
+    objective: ObjectiveSpec, samples: SamplesSpec, scheduler: SchedulerSpec, data: DataSpec, judge: JudgeSpec | None
+) -> Iterator[Finding]:
+    """An objective on completions needs them wherever ASHA decides, and somebody to judge them there."""
+    path = ("objective", "metric")
+    if objective.metric == "gain":
+        return
+    if objective.metric == "gold" and not data.is_gold:
+        yield Finding(path, "only the embedded task has a gold reward", "use gain, or judge with a judge section")
+    if objective.metric == "judge" and (judge is None or judge.at != "rungs"):
+        yield Finding(path, "needs a judge at every rung", "add judge: {reward_model: org/model, at: rungs}")
+    if not samples.at or (scheduler.kind == "asha" and RUNGS not in samples.at):
+        rule = f"objective {objective.metric} is measured on sampled completions, and ASHA decides by it at every rung"
+        yield Finding(("samples", "at"), rule, "write at: rungs")
+
+
+# ---- seeds ----
+
+
+def _replicates_are_replicates(replicates: ReplicatesSpec | None, training: TrainingSpec) -> Iterator[Finding]:
+    if replicates is None:
+        return
+    yield from _distinct("replicates", replicates.seeds)
+    if len(replicates.seeds) == 1:
+        rule = "one seed is no replicate"
+        yield Finding(("replicates", "seeds"), rule, f"name two or more, or write training: {{seed: {replicates.seeds[0]}}}")
+    if "seed" in training.model_fields_set:
+        yield Finding(("training", "seed"), "is not read beside replicates.seeds", "remove it")
+    last = training.stop_step or training.steps
+    if isinstance(replicates.from_, int) and last is not None and replicates.from_ > last:
+        yield Finding(("replicates", "from"), f"training ends at step {last}", "30% is usual")
+
+
+def _confirmation_is_fresh(
+    confirm: ConfirmSpec | None, replicates: ReplicatesSpec | None, training: TrainingSpec
+) -> Iterator[Finding]:
+    """A seed that took part in the selection confirms nothing."""
+    if confirm is None:
+        return
+    yield from _distinct("confirm", confirm.seeds)
+    used = replicates.seeds if replicates is not None else (training.seed,)
+    if shared := sorted(set(confirm.seeds) & set(used)):
+        where = "replicates.seeds" if replicates is not None else "training.seed"
+        rule = f"{', '.join(map(str, shared))} selected the finalists already ({where})"
+        yield Finding(("confirm", "seeds"), rule, "name fresh seeds")
+
+
+def _distinct(section: str, seeds: tuple[int, ...]) -> Iterator[Finding]:
+    if twice := sorted({seed for seed in seeds if seeds.count(seed) > 1}):
+        rule = f"{', '.join(map(str, twice))} is there twice: the same seed trains the same adapter again"
+        yield Finding((section, "seeds"), rule, "name each seed once")
 
 
 # ---- resources ----
@@ -376,7 +485,7 @@ def _gpus_can_be_shared(resources: ResourcesSpec) -> Iterator[Finding]:
 Rule = Callable[..., Iterator[Finding]]
 
 _RULES: tuple[tuple[tuple[str, ...], Rule], ...] = (
-    (("model", "data"), _gold_is_whole),
+    (("model", "data"), _embedded_task_is_whole),
     (("data",), _sources_read_their_keys),
     (("model",), _revision_is_of_the_hub),
     (("data",), _parts_name_their_pairs),
@@ -393,5 +502,9 @@ _RULES: tuple[tuple[tuple[str, ...], Rule], ...] = (
     (("search",), _grid_is_finite),
     (("search", "model"), _trials_are_counted),
     (("search", "model", "scheduler"), _trials_can_be_listed),
+    (("replicates", "training"), _replicates_are_replicates),
+    (("confirm", "replicates", "training"), _confirmation_is_fresh),
     (("resources",), _gpus_can_be_shared),
+    (("judge",), _one_judge),
+    (("objective", "samples", "scheduler", "data", "judge"), _objective_is_measured),
 )

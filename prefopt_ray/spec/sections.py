@@ -6,20 +6,25 @@ Defaults that a trial's config has too are taken from `prefopt_ray.trial`, where
 import difflib
 import math
 import re
+import urllib.parse
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from fractions import Fraction
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, PlainSerializer, PlainValidator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, PlainSerializer, PlainValidator, create_model
 from pydantic_core import PydanticCustomError
 
 from prefopt_ray.spec.layers import DATA_ENDINGS
 from prefopt_ray.spec.space import Domain, DomainError, parse_domain, write_domain
+from prefopt_ray.thresholds import Thresholds
 from prefopt_ray.trial import AdapterConfig, EvaluationConfig, GuardConfig, OptimizerConfig, TrainingConfig
 
-GOLD = "gold"  # the embedded task: the policy's name and the source of its pairs
+GOLD = "gold"  # the embedded language: the policy's name and the source of its pairs
+BANDIT = "bandit"  # likewise the embedded bandit; `data.train.split` names its comparisons
+EMBEDDED = (GOLD, BANDIT)
+AUTO = "auto"  # as much as the data allows
 RUNGS = "rungs"  # in `eval.at` and `samples.at`: the steps where ASHA decides
 
 
@@ -47,10 +52,21 @@ def _positions(value: Any) -> tuple[int | str, ...]:
         raise broken("each is a share such as 25%, a step such as 40, or the word rungs") from error
 
 
+def _auto_positions(value: Any) -> tuple[int | str, ...] | str:
+    return value if value == AUTO else _positions(value)
+
+
 def _first_rung(value: Any) -> int | str:
     if float(str(_amount(value)).rstrip("%")) == 0:
         raise broken("must be above 0% and at most 100%, or a step from 1", "10% is usual")
     return _amount(value)
+
+
+def _seeds(value: Any) -> tuple[int, ...]:
+    items = value if isinstance(value, (list, tuple)) else [value]
+    if not items or not all(isinstance(item, int) and not isinstance(item, bool) and item >= 0 for item in items):
+        raise broken("must be a list of seeds, whole numbers from 0", "write [1, 2, 3]")
+    return tuple(items)
 
 
 def _sample_positions(value: Any) -> tuple[int | str, ...]:
@@ -100,6 +116,32 @@ def _tracking_uri(value: Any) -> str:
             raise broken(f"no tracking URI begins with {scheme}", meant)
         return value
     raise broken("must be `sqlite` (a file in the storage folder) or a tracking URI such as https://mlflow.example.org")
+
+
+def _endpoint_url(value: Any) -> str:
+    """Without user, query or fragment: that is where keys hide, and a spec is stored and shown."""
+    try:
+        parts = urllib.parse.urlsplit(value) if isinstance(value, str) else None
+        plain = parts and parts.scheme in ("http", "https") and parts.hostname and "@" not in parts.netloc
+        if plain and not (parts.query or parts.fragment) and (parts.port or 1):
+            return value.rstrip("/").removesuffix("/chat/completions")
+    except ValueError:
+        pass  # an impossible port or address: the same rule says what is right
+    rule = "must be an http or https address without user, password or query"
+    raise broken(rule, "write https://api.openai.com/v1; the key comes from the variable that key_env names")
+
+
+def _key_env(value: Any) -> str:
+    # No hyphen: a key pasted here by mistake has one, a variable's name never has.
+    if isinstance(value, str) and re.fullmatch(r"[A-Za-z_][A-Za-z0-9_]{0,63}", value):
+        return value
+    raise broken("must be the name of an environment variable, never the key itself", "write JUDGE_KEY")
+
+
+def _function(value: Any) -> str:
+    if isinstance(value, str) and re.fullmatch(r"(\w+(\.\w+)*|\S.*\.py):\w+(\.\w+)*", value):
+        return value
+    raise broken("must be package.module:function or FILE.py:function", "write judges.py:score")
 
 
 def _not_blank(value: str) -> str:
@@ -221,7 +263,11 @@ def _meant(value: Any, valid: tuple[str, ...]) -> str:
 
 
 Amount = Annotated[int | str, PlainValidator(_amount)]
-Positions = Annotated[tuple[int | str, ...], PlainValidator(_positions), PlainSerializer(list)]
+Seeds = Annotated[tuple[int, ...], PlainValidator(_seeds), PlainSerializer(list)]
+AutoPositions = Annotated[
+    tuple[int | str, ...] | str, PlainValidator(_auto_positions), PlainSerializer(lambda at: at if at == AUTO else list(at))
+]
+AutoCount = Annotated[int | str, PlainValidator(_auto_or_count)]
 Texts = Annotated[tuple[str, ...], PlainValidator(_texts), PlainSerializer(_one_or_many)]
 SearchDomain = Annotated[Domain, PlainValidator(_domain), PlainSerializer(write_domain)]
 Text = Annotated[str, Field(min_length=1), AfterValidator(_not_blank)]
@@ -253,7 +299,7 @@ class AdapterSpec(Section):
 class ModelSpec(Section):
     """The policy, what it starts from and what it is compared with."""
 
-    policy: Text  # hub id, local folder, or `gold`
+    policy: Text  # hub id, local folder, or an embedded task: `gold`, `bandit`
     revision: Text | None = None  # hub ids only; absent = the newest, whose commit is recorded
     # The policy at step 0 is the reference of every published recipe: losses then start at their known L0.
     reference: Annotated[str | OtherModel, PlainValidator(_reference), PlainSerializer(_write_reference)] = "start"
@@ -265,7 +311,7 @@ class ModelSpec(Section):
 class PartSpec(Section):
     """One of train, select, test: a source of its own, another split of train's source, or carved out of train."""
 
-    source: Text | None = None  # hub id, local file or folder, or `gold`
+    source: Text | None = None  # hub id, local file or folder, or an embedded task: `gold`, `bandit`
     from_: Annotated[Literal["train"] | None, Field(alias="from")] = None
     revision: Text | None = None
     split: Text | None = None
@@ -273,6 +319,7 @@ class PartSpec(Section):
     files: Texts | None = None
     pairs: Count | None = None  # absent = all
     columns: Columns | None = None  # absent = data.columns
+    flipped: Annotated[float, Field(gt=0, lt=0.5)] | None = None  # gold train pairs: turn this share of labels around
 
     def origin(self) -> tuple[Any, ...]:
         """What decides which rows are read."""
@@ -294,7 +341,7 @@ class DataSpec(Section):
     train: PartSpec
     select: PartSpec | None = None
     test: PartSpec | None = None
-    # Absent = template, since the policies people tune are chat models; plain for gold, which has no turns.
+    # Absent = template, since the policies people tune are chat models; plain for the embedded tasks, which have no turns.
     text: Annotated[str | None, PlainValidator(_text_mode)] = None
     max_tokens: Annotated[int, Field(ge=8)] = 2048  # as SimPO's UltraFeedback recipes (arXiv:2405.14734)
     columns: Columns = {}
@@ -304,8 +351,12 @@ class DataSpec(Section):
         return self.train.source == GOLD
 
     @property
+    def is_embedded(self) -> bool:
+        return self.train.source in EMBEDDED
+
+    @property
     def text_mode(self) -> str:
-        return self.text or ("plain" if self.is_gold else "template")
+        return self.text or ("plain" if self.is_embedded else "template")
 
     def part(self, name: Literal["train", "select", "test"]) -> PartSpec:
         """The part with everything it leaves to train or to `data.columns` filled in.
@@ -314,7 +365,7 @@ class DataSpec(Section):
         """
         written: PartSpec | None = getattr(self, name)
         if written is None:
-            written = PartSpec(source=GOLD, pairs=CARVED_PAIRS) if self.is_gold else _carved()
+            written = PartSpec(pairs=CARVED_PAIRS) if self.is_embedded else _carved()
         columns = written.columns if written.columns is not None else dict(self.columns)
         if written.source is not None or written.from_ is not None:
             return written.model_copy(update={"columns": columns})
@@ -400,9 +451,9 @@ class SchedulerSpec(Section):
 class EvalSpec(Section):
     """When a trial is evaluated: step 0, about 1 %, every rung and the last step always are."""
 
-    # Quarters for the course, rungs for the decisions, 1 % for early damage.
-    at: Positions = (0, "1%", RUNGS, "25%", "50%", "75%")
-    train_probe: Count = EvaluationConfig.probe_pairs
+    # auto = quarters for the course, as far as evaluating stays below a quarter of a trial's cost.
+    at: AutoPositions = "auto"
+    train_probe: AutoCount = "auto"  # train pairs scored each time; auto = 512, or fewer where those cost too much
 
 
 class SamplesSpec(Section):
@@ -411,24 +462,90 @@ class SamplesSpec(Section):
     at: Annotated[
         tuple[int | str, ...], PlainValidator(_sample_positions), PlainSerializer(lambda at: list(at) or "never")
     ] = (RUNGS,)
-    prompts: Count = EvaluationConfig.sample_prompts
+    prompts: AutoCount = "auto"  # auto = 128, or fewer where those cost too much
     max_new_tokens: Count = EvaluationConfig.max_new_tokens
     seed: Seed = EvaluationConfig.sample_seed
 
 
-class ObjectiveSpec(Section):
-    """What ranks trials. Only the calibrated gain compares losses and betas; drift beyond the limit is flagged."""
+class PriceSpec(Section):
+    """US dollars per million tokens."""
 
-    metric: Literal["gain"] = "gain"
+    input: Annotated[float, Field(ge=0)]
+    output: Annotated[float, Field(ge=0)]
+
+
+class EndpointSpec(Section):
+    """A chat model behind an OpenAI-compatible address that says which of two answers is better."""
+
+    url: Annotated[str, PlainValidator(_endpoint_url)]  # up to /v1; /chat/completions is appended
+    model: Text
+    # The name of an environment variable; absent = the server wants no key. The key itself is written nowhere.
+    key_env: Annotated[str | None, PlainValidator(_key_env)] = None
+    template: Text | None = None  # a text file with {prompt}, {a} and {b}; absent = MT-bench's (arXiv:2306.05685)
+    request: dict[str, Any] = {"temperature": 0}  # sent as it is, beside model and messages
+    timeout_s: Annotated[float, Field(gt=0)] = 60.0
+    retries: Annotated[int, Field(ge=0)] = 5  # after 429, 5xx and timeouts, each wait twice the last
+    concurrency: Count = 8
+    max_calls: Count = 20_000  # of one judging; 4 finalists, baseline and reference on 512 prompts are 15,360
+    max_usd: Annotated[float | None, Field(gt=0)] = None
+    usd_per_million_tokens: PriceSpec | None = None
+
+
+class JudgeSpec(Section):
+    """Who compares completions, besides the gain on pairs: exactly one of reward_model, callable, endpoint."""
+
+    reward_model: Text | None = None  # hub id or folder of a sequence classifier with one output
+    callable: Annotated[str | None, PlainValidator(_function)] = None  # package.module:function or FILE.py:function
+    endpoint: EndpointSpec | None = None
+    at: Literal["end", "rungs"] = "end"  # rungs: also in every trial, wherever completions are sampled
+    top: Count = 4  # finalists judged at the end, besides the baseline
+    prompts: Count = 512  # a win rate from so many is known to +-4 points
+    time_limit_s: Annotated[float, Field(gt=0)] = 120.0  # at rungs, per evaluation: a slow judge must not hold a trial
+
+
+class ObjectiveSpec(Section):
+    """What ranks trials: the calibrated gain compares losses and betas on pairs, a judge or the gold reward on
+    completions; drift beyond the limit is flagged."""
+
+    # judge, gold: the lower 95 % bound of the win rate against the reference, on the policy's own completions.
+    metric: Literal["gain", "judge", "gold"] = "gain"
     drift_limit: Literal["flag"] = "flag"
+
+
+Guard = Literal["stop", "flag"]
 
 
 class GuardsSpec(Section):
     """What a verdict does to a running trial."""
 
-    diverged: Literal["stop", "flag"] = GuardConfig.diverged
-    overfit: Literal["stop", "flag"] = GuardConfig.overfit
-    collapsed: Literal["flag"] = "flag"
+    diverged: Guard = GuardConfig.diverged
+    broken: Guard = GuardConfig.broken
+    memorised: Guard = GuardConfig.memorised
+    overfit: Guard = GuardConfig.overfit
+    over_optimised: Guard = GuardConfig.over_optimised
+    collapsed: Guard = GuardConfig.collapsed  # the verdict collapsed_rejected
+    displaced: Guard = GuardConfig.displaced  # the verdict likelihood_displaced
+
+
+def _threshold(name: str, default: int | float) -> Any:
+    """A field of the section `verdicts`: a count from 1, a share, or a positive number; with the default's own sign."""
+    if isinstance(default, int):
+        return Annotated[int, Field(ge=1)], default
+    if name.endswith(("_frac", "_accuracy", "_decay")):
+        return Annotated[float, Field(ge=0, le=1)], default
+    if default < 0:
+        return Annotated[float, Field(lt=0)], default
+    return Annotated[float, Field(ge=0)], default
+
+
+# What each verdict compares with: the fields of Thresholds, where each has its reason.
+VerdictsSpec = create_model(
+    "VerdictsSpec",
+    __base__=Section,
+    **{field.name: _threshold(field.name, field.default) for field in fields(Thresholds)}
+    # Absent = as the task: the gold language's completions are short.
+    | {"drift_limit_per_token": (Annotated[float, Field(ge=0)] | None, None)},
+)
 
 
 class ResourcesSpec(Section):
@@ -444,6 +561,25 @@ class ResourcesSpec(Section):
         """GPUs (or the fraction of one) that a trial reserves."""
         whole = float(gpus_present) if isinstance(self.gpus_per_trial, str) else self.gpus_per_trial
         return whole / self.trials_per_gpu
+
+
+class ReplicatesSpec(Section):
+    """The seeds that every configuration is trained with; it is ranked and stopped as the mean over them."""
+
+    seeds: Seeds
+    # How far the first seed gets before the others start. Absent = they start together, and no rung is decided by
+    # one seed; a share spares the further seeds of configurations that one seed already shows to be bad.
+    from_: Annotated[int | str | None, Field(alias="from"), PlainValidator(_amount)] = None
+    decide: Literal["mean"] = "mean"
+
+
+class ConfirmSpec(Section):
+    """The finalists and the baseline once more, from scratch, with seeds that selected nothing."""
+
+    top: Count = 2  # the winner and its rival: most of the doubt for the least training
+    seeds: Seeds
+    # The length is known now, so the decay can end there: how the final model would be trained.
+    schedule: Literal["constant", "linear", "cosine"] = "linear"
 
 
 class TrackingSpec(Section):

@@ -4,7 +4,7 @@ Every percentage is of the schedule's full length, also where `stop_step` ends t
 """
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from fractions import Fraction
 
 from prefopt_ray.spec.sections import DEFAULT_PRESET, PRESETS, RUNGS, Preset, SchedulerSpec, TrainingSpec
@@ -12,6 +12,11 @@ from prefopt_ray.spec.sections import DEFAULT_PRESET, PRESETS, RUNGS, Preset, Sc
 # Tokens of one forward pass at `micro_batch_pairs: auto`, both sequences of a pair counted at full length. Enough
 # to keep a GPU busy at 8 pairs of 1024 tokens; a starting point, not a promise that it fits.
 MICRO_BATCH_TOKENS = 16_384
+
+
+# Where trials are evaluated at `eval.at: auto`: quarters for the course, rungs for the decisions, 1 % for early damage.
+OPTIONAL_EVALUATIONS = ("25%", "50%", "75%")
+AUTO_EVALUATIONS = (0, "1%", RUNGS, *OPTIONAL_EVALUATIONS)
 
 
 def full_length(training: TrainingSpec, train_pairs: int) -> int:
@@ -48,6 +53,14 @@ def evaluation_steps(at: Iterable[int | str], rungs: tuple[int, ...], total: int
     """`at`, and what every trial has: 0, about 1 % (damage before the first rung shows there) and the end."""
     always = {0, min(last, max(1, amount_in_steps("1%", total))), last}
     return tuple(sorted(always | _positions(at, rungs, total=total, last=last)))
+
+
+def middle_first(steps: Sequence[int]) -> list[int]:
+    """In the order they are missed most: the middle one first, then the middles of both sides."""
+    if not steps:
+        return []
+    middle = len(steps) // 2
+    return [steps[middle], *middle_first(steps[:middle]), *middle_first(steps[middle + 1 :])]
 
 
 def sample_steps(at: Iterable[int | str], rungs: tuple[int, ...], total: int, last: int) -> tuple[int, ...]:

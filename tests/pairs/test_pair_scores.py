@@ -99,7 +99,8 @@ def test_what_is_no_finite_number_is_malformed_and_named(value):
     with pytest.raises(RowDropped) as dropped:
         read_score(value)
     assert dropped.value.reason == DropReason.MALFORMED
-    assert str(dropped.value.problem).startswith("rows.jsonl:8 s: got ") and "score must be" in str(dropped.value.problem)
+    said = str(dropped.value.problem)
+    assert said.startswith("rows.jsonl:8 s: got ") and "score must be" in said
 
 
 def test_a_file_with_bad_scores_is_refused_with_row_and_column(make_tokenizer, tmp_path):
@@ -122,7 +123,8 @@ def test_half_named_or_misspelt_scores_are_refused(make_tokenizer, columns, says
 
 
 def test_scores_the_wrong_way_round_are_warned_about_and_equal_ones_are_not(make_tokenizer):
-    swapped = load(make_tokenizer(), rows(), columns={"chosen_score": "score_rejected", "rejected_score": "score_chosen"})
+    turned = {"chosen_score": "score_rejected", "rejected_score": "score_chosen"}
+    swapped = load(make_tokenizer(), rows(), columns=turned)
     assert any("40 of 40 pairs the rejected answer has the higher score" in text for text in swapped.warnings)
     for fine in (rows(), rows(score_chosen=2, score_rejected=2)):
         assert not any("higher score" in text for text in load(make_tokenizer(), fine).warnings)

@@ -13,6 +13,7 @@ from prefopt_ray.spec import Choices, LogUniform, dump_spec, load_spec, parse_sp
 
 SWEEPS = Path(__file__).parents[2] / "sweeps"
 SHIPPED = sorted(SWEEPS.glob("*.yaml"))
+PAPERS = sorted((SWEEPS / "papers").glob("*.yaml"))
 
 FULL_EXAMPLE = """
 name: qwen05b-uf
@@ -61,6 +62,15 @@ def test_a_shipped_sweep_is_valid_and_survives_a_dump(path):
         spec.trial_config(loss, values, train_pairs=60_000)
 
 
+@pytest.mark.parametrize("path", PAPERS, ids=lambda path: path.stem)
+def test_a_papers_experiment_needs_no_download_and_stops_nobody(path):
+    spec = load_spec(path)
+    assert parse_spec(dump_spec(spec)) == spec
+    assert spec.data.is_embedded and spec.scheduler.kind == "none"
+    assert spec.resources.gpu_share(gpus_present=True) == 0
+    assert f"`papers/{path.name}`" in (SWEEPS / "README.md").read_text()
+
+
 def test_the_readme_of_the_sweeps_names_each_of_them():
     table = (SWEEPS / "README.md").read_text()
     for path in SHIPPED:
@@ -93,13 +103,13 @@ def test_the_full_spec_is_refused_only_for_what_is_not_supported_yet():
     with pytest.raises(SpecError) as caught:
         parse_spec(FULL_EXAMPLE)
     assert [problem.key for problem in caught.value.problems] == [
-        "judge", "confirm", "resources.gpus", "resources.trials_per_gpu", "budget",
+        "resources.gpus", "resources.trials_per_gpu", "budget",
     ]  # fmt: skip
     assert all("known, but not supported yet" in problem.rule for problem in caught.value.problems)
 
 
 def test_the_full_spec_without_those_keys_means_what_it_says():
-    unsupported = ("judge:", "confirm:", "resources:", "budget:")
+    unsupported = ("resources:", "budget:")
     spec = parse_spec("\n".join(line for line in FULL_EXAMPLE.splitlines() if not line.startswith(unsupported)))
     spaces = spec.loss_spaces()
     assert spaces["sigmoid"]["learning_rate"] == LogUniform(3e-6, 5e-5)

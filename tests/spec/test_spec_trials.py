@@ -57,7 +57,9 @@ def test_shared_goes_only_to_the_losses_that_read_it():
 
 @pytest.mark.parametrize("name", sorted(CARDS))
 def test_every_loss_can_be_searched_by_its_card_alone(name):
-    for spec in (search(losses={name: {}}), grid({name: {}})):
+    scored = {"train": {"source": "org/pairs"}, "columns": {"chosen_score": "c", "rejected_score": "r"}}
+    for search in ({"trials_per_loss": 4, "losses": {name: {}}}, {"method": "grid", "losses": {name: {}}}):
+        spec = example(search=search, data=scored)
         space = spec.loss_spaces()[name]
         assert list(space) == [*CARDS[name].param_names, "learning_rate"]
 

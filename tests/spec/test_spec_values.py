@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from spec.spec_examples import example, plain_spec
 
 from prefopt_ray.errors import SpecError
-from prefopt_ray.losses.cards import CARDS
+from prefopt_ray.losses.cards import CARDS, find_card
 from prefopt_ray.spec import Choices, Integer, LogUniform, SweepSpec, Uniform, dump_spec, parse_spec
 from prefopt_ray.spec.yaml_source import Origin, read_value, to_text
 
@@ -68,7 +68,8 @@ def test_a_domain_of_another_shape_is_refused(written):
 
 # ---- round trip ----
 
-NAMES = tuple(CARDS)
+NAMES = (*CARDS, "sigmoid:js", "ipo_sum:alpha", "sigmoid+nll", "mpo")
+SCORES = {"chosen_score": "c", "rejected_score": "r"}  # for the losses that learn from them
 
 
 @st.composite
@@ -84,7 +85,7 @@ def losses(draw, *, grid: bool):
     spaces = {}
     for name in chosen:
         space = {}
-        for param in CARDS[name].params:
+        for param in find_card(name).params:
             if draw(st.booleans()):
                 low, high = max(param.usual.low, 1e-6), param.usual.high
                 space[param.name] = [low, high] if grid else draw(domains(low, high))
@@ -120,7 +121,7 @@ def specs(draw):
         data={
             "train": {"source": "org/pairs", "data_dir": draw(st.lists(local, min_size=1, max_size=2))},
             "select": draw(st.sampled_from([{"split": "test"}, {"from": "train", "pairs": 3}])),
-            "columns": draw(st.dictionaries(st.sampled_from(["prompt", "chosen"]), text)),
+            "columns": draw(st.dictionaries(st.sampled_from(["prompt", "chosen"]), text)) | SCORES,
         },
         training=draw(st.sampled_from([{"steps": 100}, {"epochs": 0.3}, {"pairs": 9_000, "stop_step": 3}]))
         | {"warmup": draw(amounts()), "optimizer": draw(st.sampled_from([{"kind": "sgd", "momentum": 0.5}, {}]))},
