@@ -69,6 +69,14 @@ class EvaluationConfig:
     sample_prompts: int = 128
     max_new_tokens: int = 128
     sample_seed: int = 0
+    # Whose checkpoints stay: the trial's own best, or all (seeds of one configuration stop at a common step).
+    keep: str = "best"  # best | all
+    objective: str = "eval/gain"  # the metric that ranks trials; an evaluation without it does not count
+
+    @property
+    def objective_name(self) -> str:
+        """What lines and reasons call it: `gain`, `judge/win_lcb`."""
+        return self.objective.removeprefix("eval/")
 
 
 @dataclass(frozen=True)
@@ -76,7 +84,12 @@ class GuardConfig:
     """What a verdict does to a running trial (`stop` or `flag`) and the drift limit that is flagged."""
 
     diverged: str = "stop"
+    broken: str = "flag"
+    memorised: str = "flag"
     overfit: str = "flag"
+    over_optimised: str = "flag"
+    collapsed: str = "flag"
+    displaced: str = "flag"
     drift_limit_per_token: float = 0.3  # nats per token on the policy's own samples
 
 
@@ -169,7 +182,9 @@ def unpack_points(packed: bytes) -> list[StepPoint]:
 class Verdict:
     """A trial's diagnosis: one headline, all flags, where it began, and the numbers that say so."""
 
-    headline: str  # diverged | overfit | collapsed_rejected | healthy | inconclusive
+    # diverged | broken | memorised | overfit | over_optimised | collapsed_rejected | likelihood_displaced | underfit
+    # | healthy | inconclusive
+    headline: str
     flags: tuple[str, ...] = ()
     onset_step: int | None = None
     evidence: str = ""
@@ -191,6 +206,7 @@ class Report:
     end_state: EndState | None = None
     reason: str = ""  # why it ended, one line
     seconds: float = 0.0  # training and evaluation time of this trial so far
+    evaluating_seconds: float = 0.0  # of them spent in evaluations, samples and their scoring
     nonfinite: int = 0  # steps and evaluations that gave a NaN or infinity; the first one ends the trial
 
     def to_dict(self) -> dict[str, Any]:

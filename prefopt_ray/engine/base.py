@@ -94,6 +94,7 @@ class Engine(Protocol):
     """Owns the base model, adapter slots and optimizers. Slots are numbered from 0."""
 
     plan: ExecutionPlan
+    vocabulary: int  # tokens that a position chooses from
 
     def open(self, slot: int, config: TrialConfig) -> None:
         """A fresh policy (equal to the reference `start`) and optimizer, bit-equal to a new process."""

@@ -81,7 +81,7 @@ class PlainEngine:
         self._pad_id, self._eos_ids = pad_id, eos_ids
         self._autocast = autocast
         self._decoder, self._head = decoder_and_head(model)
-        self._vocabulary = model.get_output_embeddings().weight.shape[0]
+        self.vocabulary = model.get_output_embeddings().weight.shape[0]
         self._slots: dict[int, Slot] = {}
         self._peft: PeftModel | None = None
         self._pristine: dict[str, Tensor] | None = None
@@ -236,7 +236,7 @@ class PlainEngine:
             with self._precision():
                 hidden = self._hidden(self._model, batch)
                 extras |= self._extras_of_policy(trial.card.needs, hidden, reference, batch=batch)
-                logps = completion_logps(hidden, batch, head=self._head, vocabulary=self._vocabulary)
+                logps = completion_logps(hidden, batch, head=self._head, vocabulary=self.vocabulary)
         if "per_token" in trial.card.needs:
             shorter = np.minimum(pairs.tokens.chosen.lengths, pairs.tokens.rejected.lengths)
             limit = torch.as_tensor(np.concatenate([shorter, shorter]), device=self.device)[batch.rows]  # (N,)
@@ -256,12 +256,12 @@ class PlainEngine:
     ) -> dict[str, Tensor]:
         extras: dict[str, Tensor] = {}
         if "token_sq" in needs:
-            squares = token_square_sums(hidden, batch, head=self._head, vocabulary=self._vocabulary)
+            squares = token_square_sums(hidden, batch, head=self._head, vocabulary=self.vocabulary)
             chosen, rejected = _by_side(row_sums(squares, batch)).unbind(1)
             extras |= {"chosen_token_sq": chosen, "rejected_token_sq": rejected}
         if reference is not None:
             heads = (self._head, partial(self._logits, REFERENCE))
-            divergences = reference_divergences(hidden, reference, batch, heads=heads, vocabulary=self._vocabulary)
+            divergences = reference_divergences(hidden, reference, batch, heads=heads, vocabulary=self.vocabulary)
             chosen, rejected = _by_side(row_sums(divergences, batch)).unbind(1)
             extras |= {"chosen_kl": chosen, "rejected_kl": rejected}
         return extras
@@ -296,7 +296,7 @@ class PlainEngine:
         batch = pair_batch(pairs, pad_id=self._pad_id, device=self.device)
         with self._precision():
             hidden = self._hidden(model, batch)
-            logps = completion_logps(hidden, batch, head=self._head_of(model), vocabulary=self._vocabulary)
+            logps = completion_logps(hidden, batch, head=self._head_of(model), vocabulary=self.vocabulary)
         return _by_side(row_sums(logps, batch))
 
     def _hidden(self, model: PreTrainedModel, batch: SequenceBatch) -> Tensor:
@@ -345,7 +345,7 @@ class PlainEngine:
             with self._policy(REFERENCE) as model:
                 reference = self._hidden(model, batch)
             heads = (partial(self._logits, slot), partial(self._logits, REFERENCE))
-            kl, entropy = divergence_sums(policy, reference, batch, heads=heads, vocabulary=self._vocabulary)
+            kl, entropy = divergence_sums(policy, reference, batch, heads=heads, vocabulary=self.vocabulary)
         bare = [row[:-1] if done else row for row, done in zip(whole, finished, strict=True)]
         return Samples(
             completions=ragged(bare), finished=finished,

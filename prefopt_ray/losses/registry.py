@@ -29,8 +29,9 @@ class LossPluginError(PrefoptError):
 def register_loss(card: LossCard, formula: Callable) -> None:
     """Make a loss known by its name, in this process; a spec may then search it, alone or in a mixture.
 
-    `formula(stats, params, state)` returns (loss (B,), state) and must work with `state=None`.
-    Raises ValueError for a name that is taken, and for a card that breaks a rule of `card_checks`.
+    `formula(stats, params, state)` returns (loss (B,), state) and must work with `state=None`. A registered loss of
+    the same name is replaced: a notebook's cell runs more than once.
+    Raises ValueError for a name that is built in, and for a card that breaks a rule of `card_checks`.
     """
     if not isinstance(card, LossCard):
         raise ValueError(f"a loss is registered with its LossCard, got {card!r}")
@@ -39,8 +40,8 @@ def register_loss(card: LossCard, formula: Callable) -> None:
     if not callable(formula):
         raise ValueError(f"the formula of {card.name} must be a function, got {formula!r}")
     for name in (card.name, *card.aliases):
-        if name in _reserved or name in _registered:
-            raise ValueError(f"there is a loss {name} already; choose another name or unregister_loss({name!r}) first")
+        if name in _reserved:
+            raise ValueError(f"there is a loss {name} already; choose another name")
     if card.aliases:
         raise ValueError(f"{card.name}: a registered loss has no aliases, got {', '.join(card.aliases)}")
     _registered[card.name] = (card, formula)
@@ -85,6 +86,8 @@ def _register_offered(point: EntryPoint) -> None:
         offered = point.load()
         offered = offered() if callable(offered) else offered
         for card, formula in offered if isinstance(offered, list) else [offered]:
+            if isinstance(card, LossCard) and card.name in _registered:
+                raise ValueError(f"there is a loss {card.name} already")
             register_loss(card, formula)
     except Exception as error:  # whatever somebody else's package raises, or gives instead of losses
         raise LossPluginError(f"{place}: {type(error).__name__}: {error}") from error

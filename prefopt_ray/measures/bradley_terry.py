@@ -1,8 +1,8 @@
 """Strengths of players from pairwise comparisons: P(i beats j) = sigma(r_i - r_j) (Bradley & Terry 1952).
 
 A tie is half a win for each. Davidson's (1970) model of ties has one parameter more, which every player shares and
-nobody ranks by; half wins order the players alike, and the interval that is clustered by prompt does not rest on
-the model's variance. Knows no judge and no policy; its players are names.
+nobody ranks by; in a round robin half wins order the players alike, and the interval that is clustered by prompt does
+not rest on the model's variance. Knows no judge and no policy; its players are names.
 """
 
 import math

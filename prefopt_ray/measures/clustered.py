@@ -6,6 +6,7 @@ Eq. 11) and Student's t with (clusters - 1) degrees of freedom. Knows nothing of
 
 import math
 from dataclasses import dataclass
+from functools import lru_cache
 from statistics import NormalDist
 
 import numpy as np
@@ -37,6 +38,7 @@ def clustered_mean(values: np.ndarray, groups: np.ndarray | None) -> ClusteredMe
     return ClusteredMean(float(values.mean()), se, n, clusters)
 
 
+@lru_cache(maxsize=1024)  # an answer asks for the same few again and again, a simulation for thousands
 def student_quantile(probability: float, degrees: int) -> float:
     """Quantile of Student's t for 0 < probability < 1 and integer degrees >= 1, to better than 1e-8.
 

@@ -11,6 +11,7 @@ import logging
 import os
 import shutil
 import time
+from collections.abc import Collection
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TextIO
@@ -61,8 +62,8 @@ class Checkpoints:
     def __init__(self, folder: Path) -> None:
         self.folder = folder
 
-    def save(self, checkpoint: Checkpoint, *, best_step: int) -> None:
-        """Write one checkpoint durably, then remove those no longer needed (`best_step` -1: none yet)."""
+    def save(self, checkpoint: Checkpoint, *, keep: Collection[int]) -> None:
+        """Write one checkpoint durably, then remove others than the last two and the steps to `keep`."""
         final = self._path(checkpoint.step)
         partial = final.with_name(f".{final.name}.{os.getpid()}.tmp")
         for left_over in self.folder.glob(".step-*.tmp"):  # of a process that was killed while writing
@@ -78,7 +79,15 @@ class Checkpoints:
             shutil.rmtree(final)
         os.replace(partial, final)
         _fsync(self.folder)
-        self._prune(checkpoint.step, best_step)
+        # Later ones could not be read when the trial was continued; they must not push sound ones out.
+        sound = [step for step in self.steps() if step <= checkpoint.step]
+        self.prune({*keep, *sound[-KEPT_LAST:]})
+
+    def prune(self, keep: Collection[int]) -> None:
+        """Remove all but the steps to `keep`."""
+        for step in self.steps():
+            if step not in keep:
+                shutil.rmtree(self._path(step))
 
     def steps(self) -> list[int]:
         if not self.folder.is_dir():
@@ -111,14 +120,6 @@ class Checkpoints:
 
     def _path(self, step: int) -> Path:
         return self.folder / f"step-{step:08d}"
-
-    def _prune(self, newest: int, best_step: int) -> None:
-        # Later ones could not be read when the trial was continued; they must not push sound ones out.
-        sound = [step for step in self.steps() if step <= newest]
-        kept = {best_step, *sound[-KEPT_LAST:]}
-        for step in self.steps():
-            if step not in kept:
-                shutil.rmtree(self._path(step))
 
 
 def _sha256(path: Path) -> str:

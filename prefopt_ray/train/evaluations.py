@@ -5,10 +5,17 @@ One safetensors file per trial. For each part (`select`, `probe`, and `test` onc
 `<part>/reference` (N, 2) float32 · `<part>/policy/<step>` (N, 2) float32 for every evaluation.
 Columns are chosen, rejected; log-probs are sums over completion tokens in nats, so a pair's
 log-ratio is policy - reference and h = (chosen log-ratio) - (rejected log-ratio).
+`probe/loss_norm/<step>` (1,) float64: the probe's loss over the loss at the start.
+Where samples were drawn, one of each of M prompts, <step> as above or `reference`:
+`samples/kl/<step>` (M,) float64 nats · `samples/positions/<step>` (M,) int64 · `samples/finished/<step>` (M,) bool ·
+`samples/unique_frac/<step>` (1,) float64 · `samples/<scorer>/policy/<step>` and `samples/<scorer>/reference` (M,).
+Of every optimizer step: `steps/step` (S,) int64 · `steps/loss|loss_norm|grad_norm` (S,) float64 ·
+`steps/finite` (S,) bool. Of the trial: `trial/vocabulary` and `trial/train_pairs` (1,) int64.
 """
 
 import os
-from collections.abc import Mapping
+import re
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -19,6 +26,9 @@ from safetensors.numpy import load_file, save_file
 from prefopt_ray.engine.base import ReferencedPairs
 from prefopt_ray.errors import CheckpointError
 from prefopt_ray.losses.stats import PairStats
+from prefopt_ray.measures.verdicts import StepRecord
+
+_STEP_COLUMNS = {"step": np.int64, "loss": np.float64, "loss_norm": np.float64, "grad_norm": np.float64, "finite": bool}
 
 
 class EvaluationLog:
@@ -57,6 +67,33 @@ class EvaluationLog:
         """`policy` (N, 2) float32: log-probs of chosen and rejected at `step`."""
         self._arrays[_key(part, step)] = policy
 
+    def put(self, name: str, values: np.ndarray | float | int) -> None:
+        """Anything else that the module lists; a number becomes an array of one."""
+        self._arrays[name] = np.atleast_1d(values)
+
+    def get(self, name: str) -> np.ndarray | None:
+        return self._arrays.get(name)
+
+    def number(self, name: str) -> float | None:
+        """What `put` was given as one number."""
+        values = self._arrays.get(name)
+        return None if values is None else values[0].item()
+
+    def names(self) -> list[str]:
+        return sorted(self._arrays)
+
+    def put_steps(self, steps: Sequence[StepRecord]) -> None:
+        """All optimizer steps so far, in place of what was there."""
+        for column, dtype in _STEP_COLUMNS.items():
+            self._arrays[f"steps/{column}"] = np.array([getattr(record, column) for record in steps], dtype=dtype)
+
+    def step_records(self) -> list[StepRecord]:
+        """Empty for a log that has none, as the test part's."""
+        if "steps/step" not in self._arrays:
+            return []
+        columns = (self._arrays[f"steps/{column}"].tolist() for column in _STEP_COLUMNS)
+        return [StepRecord(*values) for values in zip(*columns, strict=True)]
+
     def steps(self, part: str) -> list[int]:
         prefix = f"{part}/policy/"
         return sorted(int(name.removeprefix(prefix)) for name in self._arrays if name.startswith(prefix))
@@ -64,7 +101,7 @@ class EvaluationLog:
     def forget_after(self, step: int) -> None:
         """Drop evaluations later than a checkpoint that a trial is resumed from."""
         for name in list(self._arrays):
-            if "/policy/" in name and int(name.rsplit("/", 1)[1]) > step:
+            if (found := _EVALUATED_AT.search(name)) and int(found[1]) > step:
                 del self._arrays[name]
 
     def groups(self, part: str) -> np.ndarray:
@@ -84,6 +121,9 @@ class EvaluationLog:
             reference_chosen=reference[:, 0], reference_rejected=reference[:, 1],
             chosen_tokens=tokens[:, 0], rejected_tokens=tokens[:, 1],
         )
+
+
+_EVALUATED_AT = re.compile(r"/(\d{8,})$")
 
 
 def _key(part: str, step: int) -> str:

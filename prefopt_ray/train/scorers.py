@@ -24,3 +24,13 @@ class Scorer(Protocol):
     def score(self, prompts: Sequence[str], completions: Sequence[Completion]) -> np.ndarray:
         """(N,) float64, finite."""
         ...
+
+
+class SampleJudge(Protocol):
+    """Compares the policy's completions with the reference's, on the prompts that trials sample."""
+
+    name: str
+
+    def outcomes(self, policy: Sequence[Completion], reference: Sequence[Completion]) -> np.ndarray:
+        """(M,) 1 = the policy's completion is better, .5 tie, 0; NaN = no verdict."""
+        ...

@@ -8,6 +8,7 @@ sampling depend on (seed, epoch) and fixed seeds alone, so there is no random st
 import base64
 import logging
 import time
+from collections.abc import Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -19,11 +20,12 @@ from prefopt_ray.errors import CheckpointError
 from prefopt_ray.losses.cards import find_card
 from prefopt_ray.losses.formulas import loss_function
 from prefopt_ray.losses.stats import PairStats
-from prefopt_ray.measures.metrics import collapsed_rejected, margins, pair_metrics, saturation
-from prefopt_ray.measures.verdicts import EvaluationRecord, StepRecord, TrialHistory, judge
+from prefopt_ray.measures.metrics import pair_metrics, saturation
+from prefopt_ray.measures.verdicts import Reading, StepRecord, conclude, read_rules
 from prefopt_ray.train.checkpoints import Checkpoint, Checkpoints, lock_folder
 from prefopt_ray.train.evaluate import PolicyView, evaluate, finite_metrics
 from prefopt_ray.train.evaluations import EvaluationLog
+from prefopt_ray.train.history import EVALUATIONS_FILE, evaluation_record, history_of, trial_thresholds
 from prefopt_ray.train.schedule import batch_indices, rate_factor
 from prefopt_ray.train.worker import Worker
 from prefopt_ray.trial import EndState, Report, StepPoint, TrialConfig, Verdict, pack_points
@@ -31,6 +33,17 @@ from prefopt_ray.trial import EndState, Report, StepPoint, TrialConfig, Verdict,
 UPDATE_RATIO_EVERY = 10  # steps; it costs a copy of the trainable weights
 WORST = -1.0  # the objective of an invalid evaluation: finite, below every gain
 _UNJUDGED = Verdict("inconclusive", evidence="not evaluated after a training step yet")
+# Rules that may end a trial: by which guard, and as what. Overfitting has an end state of its own, since it is the
+# usual one; the others stop a trial early, and the reason names the guard.
+_GUARDS = {
+    "diverged": ("diverged", EndState.DIVERGED),
+    "broken": ("broken", EndState.STOPPED_EARLY),
+    "memorised": ("memorised", EndState.STOPPED_EARLY),
+    "overfit": ("overfit", EndState.STOPPED_OVERFIT),
+    "over_optimised": ("over_optimised", EndState.STOPPED_EARLY),
+    "collapsed_rejected": ("collapsed", EndState.STOPPED_EARLY),
+    "likelihood_displaced": ("displaced", EndState.STOPPED_EARLY),
+}
 
 log = logging.getLogger(__name__)
 
@@ -58,10 +71,11 @@ class TrialState:
         self._loss_at_start = self._analytic_start()
         self._points: list[StepPoint] = []
         self._nonfinite = 0
-        self._history = TrialHistory(self.card.name, config.training.warmup_steps, [], [])
-        self._kl_per_token: dict[int, float | None] = {}  # by evaluation step, where samples were drawn
         self._log = EvaluationLog.of_parts(worker.evaluated_parts)
-        self._seconds, self._clock = 0.0, time.monotonic()
+        self._log.put("trial/vocabulary", worker.engine.vocabulary)
+        self._log.put("trial/train_pairs", len(self._train))
+        self._history = history_of(self._log, config)
+        self._seconds, self._clock, self._evaluating = 0.0, time.monotonic(), 0.0
         self._step_started = self._clock
 
     @classmethod
@@ -118,11 +132,11 @@ class TrialState:
         return self._formula(stats, self.config.loss_params, self._loss_state)[0]
 
     def finish_step(self, outcome: StepOutcome) -> None:
-        _, self._loss_state = self._formula(outcome.stats, self.config.loss_params, self._loss_state)
         loss, grad_norm = float(outcome.losses.double().mean()), outcome.grad_norm
         if self._loss_at_start is None:  # the first step's, computed before anything was updated
             self._loss_at_start = loss
         metrics = self._step_metrics(outcome)
+        _, self._loss_state = self._formula(outcome.stats, self.config.loss_params, self._loss_state)
         self._step += 1
         finite, dropped = finite_metrics(metrics)
         self._points.append(StepPoint(self._step, {f"train/{k}": v for k, v in finite.items()}))
@@ -140,14 +154,16 @@ class TrialState:
         metrics: dict[str, float] = {}
         objective = WORST
         if self.evaluation_due and self.running:
+            began = time.monotonic()
             metrics, objective = self._evaluate()
-        verdict = self._judge()
-        if verdict.headline == "diverged":
-            objective = WORST  # a finite gain while the loss runs away is not a result
+            self._evaluating += time.monotonic() - began
+        verdict, readings = self._judge()
+        if verdict.headline in ("diverged", "broken"):
+            objective = WORST  # a finite gain while the loss runs away, or of a policy that babbles, is not a result
         self._reported_step = self._step
         if objective > self._best and self._step > 0:
             self._best, self._best_step, self._best_verdict = objective, self._step, verdict
-        self._apply_guards(verdict)
+        self._apply_guards(readings)
         if self.running and self._step >= self.config.training.stop_step:
             self._end(EndState.COMPLETED, f"all {self._step} steps")
         self._tick()
@@ -155,7 +171,8 @@ class TrialState:
             step=self._step, pairs_seen=self._step * self.config.training.batch_pairs,
             metrics=metrics, objective=objective, best_so_far=self._best, best_step=self._best_step,
             verdict=verdict, verdict_at_best=self._best_verdict, points=pack_points(self._points),
-            end_state=self.end_state, reason=self.reason, seconds=self._seconds, nonfinite=self._nonfinite,
+            end_state=self.end_state, reason=self.reason, seconds=self._seconds,
+            evaluating_seconds=self._evaluating, nonfinite=self._nonfinite,
         )
         self._points = []
         self.save()
@@ -180,14 +197,15 @@ class TrialState:
         if self._folder is None:
             return
         self._tick()
-        self._log.save(self._folder / "evaluations.safetensors")
+        self._log.put_steps(self._history.steps)
+        self._log.save(self._folder / EVALUATIONS_FILE)
         if self.end_state in (EndState.DIVERGED, EndState.OUT_OF_MEMORY):
             return
         checkpoint = Checkpoint(self._step, self._worker.engine.state(self.slot), self.state())
-        self._checkpoints.save(checkpoint, best_step=self._best_step)
+        self._checkpoints.save(checkpoint, keep=self._kept_steps)
 
     def state(self) -> dict[str, Any]:
-        """Everything that must survive beside weights, optimizer and the per-pair log. JSON-ready."""
+        """Everything that must survive beside weights, optimizer and the log of evaluations and steps. JSON-ready."""
         report = None
         if self._last_report is not None:
             points = base64.b64encode(self._last_report.points).decode()
@@ -200,16 +218,14 @@ class TrialState:
             "best": [self._best, self._best_step, asdict(self._best_verdict)],
             "end": [self.end_state, self.reason],
             "points": [[p.step, dict(p.metrics)] for p in self._points],
-            "steps": [tuple(vars(record).values()) for record in self._history.steps],
-            "kl_per_token": list(self._kl_per_token.items()),
             "last_report": report,
-            "seconds": self._seconds,
+            "seconds": [self._seconds, self._evaluating],
             "config": self.config.digest(),
             "plan": self._worker.engine.plan.to_dict(),
         }
 
     def load(self, state: dict[str, Any]) -> None:
-        """Continue from `state()`; evaluations must already be in the per-pair log."""
+        """Continue from `state()`; evaluations and steps must already be in the log."""
         self._step, self._reported_step = state["step"], state["reported_step"]
         self._loss_at_start, self._loss_state = state["loss_at_start"], state["loss_state"]
         self._best, self._best_step, verdict = state["best"]
@@ -217,13 +233,11 @@ class TrialState:
         end, self.reason = state["end"]
         self.end_state = EndState(end) if end else None
         self._points = [StepPoint(step, metrics) for step, metrics in state["points"]]
-        self._history.steps[:] = [StepRecord(*values) for values in state["steps"]]
         if state["last_report"] is not None:
             points = base64.b64decode(state["last_report"]["points"])
             self._last_report = Report.from_dict({**state["last_report"], "points": points})
-        self._kl_per_token = {step: kl for step, kl in state["kl_per_token"]}
-        self._history.evaluations[:] = [self._record(step) for step in self._log.steps("select")]
-        self._seconds, self._clock = state["seconds"], time.monotonic()
+        self._history = history_of(self._log, self.config).until(self._step)
+        (self._seconds, self._evaluating), self._clock = state["seconds"], time.monotonic()
 
     # -- inside ------------------------------------------------------------------------------------
 
@@ -233,7 +247,7 @@ class TrialState:
         if saved.state["plan"] != self._worker.engine.plan.to_dict():
             log.warning("%s: continued under another execution plan, so its last bits may differ", self._folder)
         self._worker.engine.load(self.slot, saved.tensors)
-        self._log = EvaluationLog.load(self._folder / "evaluations.safetensors")
+        self._log = EvaluationLog.load(self._folder / EVALUATIONS_FILE)
         self._log.forget_after(saved.state["reported_step"])
         self.load(saved.state)
 
@@ -259,7 +273,7 @@ class TrialState:
             "grad_norm": outcome.grad_norm,
             "clip_frac": float(outcome.clipped),
             "lr": self.learning_rate,
-            "grad_weight": saturation(outcome.stats, self.card, params),
+            "grad_weight": saturation(outcome.stats, self.card, params, state=self._loss_state),
             "pairs_per_s": len(outcome.stats) / max(1e-9, time.monotonic() - self._step_started),
         }
         if outcome.update_ratio is not None:
@@ -267,57 +281,49 @@ class TrialState:
         return metrics
 
     def _evaluate(self) -> tuple[dict[str, float], float]:
-        view = PolicyView(self._worker.engine, self.slot, self._step, self.config, self.card, self._log)
-        measured = evaluate(self._worker.evaluators, view)
-        if self._loss_at_start is None and self._log_probs_suffice:
-            self._loss_at_start = self._measured_start()
-        metrics, dropped = finite_metrics(measured)
-        self._kl_per_token[self._step] = metrics.get("samples/kl_per_token")
-        self._history.evaluations.append(self._record(self._step))
+        view = PolicyView(
+            self._worker.engine, self.slot, self._step, self.config, self.card, self._log, self._mean_loss
+        )
+        metrics, dropped = finite_metrics(evaluate(self._worker.evaluators, view))
+        probe_loss = self._mean_loss(self._log.stats("probe", self._step))
+        if self._loss_at_start is None:
+            self._loss_at_start = probe_loss
+        if probe_loss is not None:
+            self._log.put(f"probe/loss_norm/{self._step:08d}", probe_loss / self._start)
+        self._history.evaluations.append(evaluation_record(self._log, self._step, self.card))
         if dropped:
             self._nonfinite += 1
             self._end(EndState.DIVERGED, f"{dropped} measures are not finite at the evaluation of step {self._step}")
-        valid = "eval/gain" in metrics and not dropped
-        return metrics, metrics["eval/gain"] if valid else WORST
+        return metrics, WORST if dropped else metrics.get(self.config.evaluation.objective, WORST)
 
-    @property
-    def _log_probs_suffice(self) -> bool:
-        """Evaluations store log-probs and lengths; a loss that needs more is measured on training batches only."""
-        return self.card.needs <= {"reference", "lengths"}
-
-    def _measured_start(self) -> float:
-        return self._mean_loss(self._log.stats("probe", 0))
-
-    def _mean_loss(self, stats: PairStats) -> float:
+    def _mean_loss(self, stats: PairStats) -> float | None:
+        """None for a loss that reads more: evaluations store log-probs and lengths, nothing else."""
+        if not self.card.needs <= {"reference", "lengths"}:
+            return None
         losses, _ = self._formula(stats, self.config.loss_params, self._loss_state)
         return float(losses.double().mean())
 
-    def _record(self, step: int) -> EvaluationRecord:
-        select, probe = self._log.stats("select", step), self._log.stats("probe", step)
-        return EvaluationRecord(
-            step=step,
-            select_margins=margins(select, self.card),
-            groups=self._log.groups("select"),
-            probe_margins=margins(probe, self.card),
-            probe_collapsed_frac=float(collapsed_rejected(probe).mean()),
-            probe_loss_norm=self._mean_loss(probe) / self._start if self._log_probs_suffice else None,
-            kl_per_token=self._kl_per_token.get(step),
-        )
-
-    def _judge(self) -> Verdict:
+    def _judge(self) -> tuple[Verdict, tuple[Reading, ...]]:
         if self._step == 0:
-            return _UNJUDGED
-        limit = self.config.guards.drift_limit_per_token
-        return judge(self._history, replace(self._worker.thresholds, drift_limit_per_token=limit))
+            return _UNJUDGED, ()
+        thresholds = trial_thresholds(self._worker.thresholds, self.config)
+        readings = read_rules(self._history, thresholds)
+        return conclude(readings, self._history, thresholds), readings
 
-    def _apply_guards(self, verdict: Verdict) -> None:
-        guards = self.config.guards
-        if not self.running:
-            return
-        if verdict.headline == "diverged" and guards.diverged == "stop":
-            self._end(EndState.DIVERGED, verdict.evidence)
-        elif "overfit" in verdict.flags and guards.overfit == "stop":
-            self._end(EndState.STOPPED_OVERFIT, verdict.evidence)
+    @property
+    def _kept_steps(self) -> set[int]:
+        """Evaluated steps whose checkpoints stay beside the last two."""
+        if self.config.evaluation.keep == "all":
+            return {step for step in self.config.evaluation.steps if 0 < step <= self._step}
+        return {self._best_step}
+
+    def _apply_guards(self, readings: Sequence[Reading]) -> None:
+        """The first rule by precedence that fired and whose guard says stop ends the trial."""
+        for reading in readings:
+            guard, end_state = _GUARDS.get(reading.rule, (None, None))
+            if reading.fired and guard and getattr(self.config.guards, guard) == "stop":
+                named = f"guard {guard}: " if end_state is EndState.STOPPED_EARLY else ""
+                self._end(end_state, f"{named}{reading.evidence}")
 
     def _end(self, end_state: EndState, reason: str) -> None:
         if self.end_state is None:

@@ -6,10 +6,9 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from prefopt_ray.engine.base import REFERENCE, Engine, ReferencedPairs
-from prefopt_ray.measures.verdicts import Thresholds
-from prefopt_ray.pairs.tokens import Ragged
+from prefopt_ray.thresholds import Thresholds
 from prefopt_ray.train.evaluate import Evaluator, PairEvaluator, SampleEvaluator
-from prefopt_ray.train.scorers import Scorer
+from prefopt_ray.train.scorers import SampleJudge, Scorer
 
 
 @dataclass(frozen=True)
@@ -32,7 +31,9 @@ def make_worker(
     probe_pairs: int,
     sample_prompts: int,
     scorers: Sequence[Scorer] = (),
+    judges: Sequence[SampleJudge] = (),
     reference_is_start: bool = True,
+    thresholds: Thresholds = Thresholds(),
 ) -> Worker:
     """The usual evaluators: select part, a fixed probe of train pairs, samples at the select part's prompts."""
     probe = parts["train"].take(_probe_indices(len(parts["train"]), probe_pairs))
@@ -41,16 +42,12 @@ def make_worker(
         # margins of 1e-6 instead of zero at step 0 would look like an accuracy of .47.
         probe = ReferencedPairs(probe.tokens, engine.score(REFERENCE, probe.tokens))
     pairs = PairEvaluator(parts["select"], probe)
-    samples = SampleEvaluator(_distinct_prompts(parts["select"], sample_prompts), decode, scorers)
-    return Worker(engine, parts, (pairs, samples), pairs.parts, reference_is_start)
+    select = parts["select"].tokens
+    prompts = select.prompt.take(select.first_of_groups(sample_prompts))
+    samples = SampleEvaluator(prompts, decode, scorers, judges)
+    return Worker(engine, parts, (pairs, samples), pairs.parts, reference_is_start, thresholds)
 
 
 def _probe_indices(pairs: int, wanted: int) -> np.ndarray:
     """The same train pairs for every trial of a sweep, whatever its seed."""
     return np.sort(np.random.default_rng(0).permutation(pairs)[:wanted])
-
-
-def _distinct_prompts(part: ReferencedPairs, wanted: int) -> Ragged:
-    """The first prompt of each group, in pair order."""
-    _, first = np.unique(part.tokens.groups, return_index=True)
-    return part.tokens.prompt.take(np.sort(first)[:wanted])

@@ -57,8 +57,17 @@ def test_an_unregistered_loss_is_forgotten(mine: LossCard):
         unregister_loss("other")
 
 
-@pytest.mark.parametrize("name", ["sigmoid", "dpo", "rpo", "nll", "mine"])
-def test_a_name_that_is_taken_is_refused(mine: LossCard, name: str):
+def test_registering_again_replaces_as_a_notebook_cell_run_twice_does(mine: LossCard):
+    def cube(stats: PairStats, params: dict[str, float], state: LossState) -> tuple[torch.Tensor, LossState]:
+        return stats.h**3, state
+
+    register_loss(replace(MINE, title="changed"), cube)
+    assert find_card("mine").title == "changed" and loss_function("mine") is cube
+    assert len(registered_losses()) == 1
+
+
+@pytest.mark.parametrize("name", ["sigmoid", "dpo", "rpo", "nll"])
+def test_a_name_that_is_built_in_is_refused(name: str):
     with pytest.raises(ValueError, match=f"there is a loss {name} already"):
         register_loss(replace(MINE, name=name), square)
 

@@ -9,12 +9,17 @@ import numpy as np
 import pytest
 
 from prefopt_ray.measures.verdicts import (
+    ChosenRecord,
     EvaluationRecord,
+    Reading,
+    SampleRecord,
+    Scores,
     StepRecord,
     Thresholds,
     TrialHistory,
     drift_exceeded,
     judge,
+    read_rules,
 )
 
 PAIRS, PROBES = 512, 256
@@ -44,6 +49,12 @@ def evaluation(step: int, *, effect: float = 0.4, noise: float = 0.0, probe: flo
     )
 
 
+def samples(kl_per_token: float = 0.1, **more) -> SampleRecord:
+    """256 completions of ten tokens, as good as the reference's in every respect unless `more` says otherwise."""
+    usual = {"count": 256, "kl": 10 * kl_per_token, "unique_frac": 1.0, "eos_rate": 1.0}
+    return SampleRecord(kl_per_token=kl_per_token, **usual | more)
+
+
 def start() -> EvaluationRecord:
     return EvaluationRecord(0, np.zeros(PAIRS), None, np.zeros(PROBES), 0.0)
 
@@ -54,8 +65,13 @@ def history(
     evaluations: Sequence[EvaluationRecord] = (),
     loss: str = "sigmoid",
     warmup_steps: int = 0,
+    **known: float,
 ) -> TrialHistory:
-    return TrialHistory(loss, warmup_steps, steps, evaluations)
+    return TrialHistory(loss, warmup_steps, steps, evaluations, **known)
+
+
+def reading(rule: str, trial: TrialHistory, **thresholds: float) -> Reading:
+    return next(found for found in read_rules(trial, Thresholds(**thresholds)) if found.rule == rule)
 
 
 # -- healthy and inconclusive
@@ -197,6 +213,17 @@ def test_overfit_begins_at_the_best_evaluation_and_is_found_at_the_second_rise()
     assert "detected at step 140" in verdict.evidence and "step 100" in verdict.evidence and "z = " in verdict.evidence
 
 
+@pytest.mark.parametrize(("last_kl", "headline", "flags"), [
+    (0.119, "healthy", ("mild_overfit",)),  # the limit is 0.4 of the drift limit of 0.3
+    (0.121, "overfit", ("overfit",)),
+])
+def test_overfit_is_mild_while_the_latest_samples_are_near_the_reference(last_kl: float, headline: str, flags: tuple):
+    sampled = [replace(record, samples=samples(0.2)) for record in overfitting()[1:-1]]
+    last = replace(overfitting()[-1], samples=samples(last_kl))
+    verdict = judge(history(evaluations=[start(), *sampled, last]))
+    assert (verdict.headline, verdict.flags) == (headline, flags)
+
+
 def test_judged_at_its_best_step_the_same_trial_is_healthy():
     whole = history(evaluations=overfitting(), steps=steps_from([0.9] * 200))
     assert judge(whole.until(100)).headline == "healthy"
@@ -274,11 +301,194 @@ def test_evaluations_of_different_pairs_are_refused():
         judge(history(evaluations=[evaluation(20), other]))
 
 
+# -- overconfident
+
+
+def growing_margins() -> list[EvaluationRecord]:
+    """The same ranking all along, said ever louder."""
+    select, probe = evaluation(20, effect=0.8).select_margins, np.full(PROBES, 0.3)
+    return [
+        replace(evaluation(20 * k), select_margins=3.0**k * select, probe_margins=3.0**k * probe) for k in range(1, 6)
+    ]
+
+
+def test_margins_that_outgrow_what_they_know_are_overconfident_but_healthy():
+    verdict = judge(history(evaluations=growing_margins(), beta=0.5))
+    assert (verdict.headline, verdict.flags) == ("healthy", ("overconfident",))
+    assert judge(history(evaluations=growing_margins())).flags == (), "no likelihood, no overconfidence"
+    assert judge(history(evaluations=growing_margins(), beta=1e-4)).flags == (), "far below certainty"
+
+
+def test_overfitting_is_overconfident_too():
+    verdict = judge(history(evaluations=overfitting(), beta=1.0))
+    assert (verdict.headline, verdict.flags) == ("overfit", ("overfit", "overconfident"))
+    assert "-log sigma(1 x margin)" in reading("overconfident", history(evaluations=overfitting(), beta=1.0)).evidence
+
+
+# -- broken
+
+
+def broken_ways() -> dict[str, tuple[list[EvaluationRecord], str]]:
+    """For each way to be broken: an evaluation before it, the one that shows it, and a word of its evidence."""
+    chosen = chosen_record(logp_per_token=-4.0)
+    return {
+        "repeats": (evaluation(40, samples=samples(unique_frac=0.4)), "40% of 256 samples were distinct"),
+        "far": (evaluation(40, samples=samples(2.5)), "2.5 nats per token"),
+        "endless": (evaluation(40, samples=samples(eos_rate=0.4)), "40% of the samples ended"),
+        "babble": (evaluation(40, chosen=chosen), "below uniform (-3)"),
+    }
+
+
+def chosen_record(drift: float = 0.1, **more) -> ChosenRecord:
+    """Chosen completions of ten tokens that drifted by `drift` nats each, give or take one."""
+    values = drift + np.random.default_rng(5).normal(size=PAIRS)
+    usual = {"leak_per_token": 0.0, "logp_per_token": -0.9, "reference_logp_per_token": -0.9}
+    return ChosenRecord(drift=values, drift_per_token=drift / 10, **usual | more)
+
+
+E3 = round(math.exp(3))  # a vocabulary of about 3 nats
+
+
+@pytest.mark.parametrize("way", broken_ways())
+def test_each_way_to_be_broken_is_found_at_its_evaluation(way: str):
+    record, words = broken_ways()[way]
+    verdict = judge(history(evaluations=[start(), evaluation(20, samples=samples()), record], vocabulary=E3))
+    assert (verdict.headline, verdict.onset_step) == ("broken", 40)
+    assert words in verdict.evidence
+
+
+def test_samples_as_poor_as_the_references_own_are_not_broken():
+    """One-word answers, or a token limit that cuts every sample."""
+    short = samples(unique_frac=0.2, reference_unique_frac=0.25)
+    cut = samples(eos_rate=0.0, reference_eos_rate=0.0)
+    assert judge(history(evaluations=[evaluation(20, samples=short), evaluation(40, samples=cut)])).flags == ()
+
+
+def test_a_rare_ending_that_halves_by_chance_is_not_broken():
+    few = samples(count=64, eos_rate=0.03, reference_eos_rate=0.08)
+    assert judge(history(evaluations=[evaluation(20, samples=few)])).flags == ()
+
+
+def test_a_reference_near_uniform_says_nothing_about_a_policy_below_it():
+    weak = chosen_record(logp_per_token=-4.0, reference_logp_per_token=-2.0)
+    assert judge(history(evaluations=[evaluation(20, chosen=weak)], vocabulary=E3)).flags == ()
+
+
+def test_a_policy_that_recovered_is_no_longer_broken():
+    recovered = [evaluation(20, samples=samples(2.5)), evaluation(40, samples=samples(0.2))]
+    assert judge(history(evaluations=recovered)).headline == "healthy"
+    assert judge(history(evaluations=recovered).until(20)).headline == "broken"
+
+
+# -- memorised
+
+
+def test_a_fitted_probe_without_any_gain_is_memorised():
+    probes = {20: 0.5, 40: 2.0, 60: 3.0}
+    fitted = [evaluation(step, effect=0.0, probe=probe) for step, probe in probes.items()]
+    verdict = judge(history(evaluations=[start(), *fitted]))
+    assert (verdict.headline, verdict.onset_step) == ("memorised", 40)
+    assert "train probe is right" in verdict.evidence and "best gain" in verdict.evidence
+
+
+def test_a_gain_shown_once_is_enough_not_to_be_memorised():
+    once = [evaluation(20, effect=0.4, probe=1.0), evaluation(40, effect=0.0, probe=3.0)]
+    assert "memorised" not in judge(history(evaluations=once)).flags
+
+
+# -- over_optimised
+
+
+def sampled(step: int, quality: float, kl: float, *, scorer: str = "gold") -> EvaluationRecord:
+    """Rewards that share their prompts' luck between evaluations."""
+    luck = np.random.default_rng(7).normal(size=256)
+    own = np.random.default_rng([8, step]).normal(size=256)
+    scores = {scorer: Scores(quality + luck + 0.3 * own, np.random.default_rng(9).normal(size=256))}
+    return evaluation(step, samples=samples(kl / 10, kl=kl, scores=scores))
+
+
+def test_a_win_rate_that_falls_while_the_policy_moves_on_is_over_optimised():
+    course = {10: (0.3, 0.7), 40: (1.0, 2.0), 80: (0.9, 4.6), 160: (-0.2, 9.4), 320: (-1.0, 14.5)}
+    records = [sampled(step, *point) for step, point in course.items()]
+    trial = history(evaluations=records, steps_per_epoch=16)
+    verdict = judge(trial)
+    assert (verdict.headline, verdict.onset_step) == ("over_optimised", 40)
+    assert "at step 40 (2 nats from the reference, epoch 2.5)" in verdict.evidence
+    assert judge(trial.until(160)).headline == "healthy", "one fall is not enough"
+
+
+def test_a_win_rate_that_falls_on_the_way_back_to_the_reference_is_not_over_optimised():
+    records = [sampled(40, 1.0, 8.0), sampled(80, 0.0, 3.0), sampled(160, -0.5, 2.0)]
+    assert judge(history(evaluations=records)).flags == ()
+
+
+def test_without_a_scorer_nothing_is_over_optimised():
+    silent = [evaluation(step, samples=samples(step / 100)) for step in (10, 20, 30)]
+    assert reading("over_optimised", history(evaluations=silent)).checks == ()
+
+
+# -- likelihood_displaced
+
+
+def test_chosen_completions_that_fell_a_little_are_a_remark_on_a_healthy_trial():
+    fell = evaluation(40, chosen=chosen_record(-3.0))
+    verdict = judge(history(evaluations=[start(), evaluation(20, chosen=chosen_record(0.5)), fell]))
+    assert (verdict.headline, verdict.flags) == ("healthy", ("mild_displacement",))
+
+
+def test_half_a_nat_per_chosen_token_lost_while_the_margin_grew_is_displacement():
+    lost = evaluation(40, chosen=chosen_record(-6.0))
+    verdict = judge(history(evaluations=[start(), evaluation(20, chosen=chosen_record(-3.0)), lost]))
+    assert (verdict.headline, verdict.onset_step) == ("likelihood_displaced", 40)
+    assert verdict.flags == ("likelihood_displaced",), "not the mild form as well"
+    assert "0.6 nats per token" in verdict.evidence
+    shrunk = replace(lost, select_margins=-lost.select_margins)
+    assert "likelihood_displaced" not in judge(history(evaluations=[start(), shrunk])).flags
+
+
+def test_mass_that_left_both_completions_is_displacement_by_itself():
+    leaked = evaluation(40, chosen=chosen_record(-3.0, leak_per_token=0.6))
+    assert judge(history(evaluations=[start(), leaked])).headline == "likelihood_displaced"
+
+
+def test_chosen_completions_that_gained_are_not_displaced_whatever_some_lost():
+    mixed = evaluation(40, chosen=chosen_record(-0.5))  # about seven in ten fell
+    assert judge(history(evaluations=[start(), mixed])).flags == ()
+
+
+# -- underfit
+
+
+def unmoved(step: int) -> EvaluationRecord:
+    return evaluation(step, effect=0.0, probe=0.0, samples=samples(0.001))
+
+
+def test_a_trial_that_has_not_moved_by_half_of_its_budget_is_underfit():
+    trial = history(evaluations=[start(), unmoved(10), unmoved(50), unmoved(100)], budget_steps=100)
+    verdict = judge(trial)
+    assert (verdict.headline, verdict.onset_step) == ("underfit", 50)
+    assert "step 100 of 100" in verdict.evidence and "0.001 nats per token" in verdict.evidence
+    assert judge(trial.until(10)).headline == "inconclusive", "too early to say"
+
+
+def test_a_policy_still_at_the_reference_is_underfit_whatever_its_gain():
+    """The gain is blind to size: the first step of a tiny learning rate points the right way."""
+    near = evaluation(100, effect=0.4, probe=0.4, samples=samples(0.001))
+    assert judge(history(evaluations=[near], budget_steps=100)).headline == "underfit"
+    unsampled = evaluation(100, effect=0.4, probe=0.4)
+    assert judge(history(evaluations=[unsampled], budget_steps=100)).headline == "healthy"
+
+
+def test_a_policy_that_moved_and_fitted_its_pairs_is_not_underfit():
+    moved = evaluation(100, effect=0.0, probe=1.0, samples=samples(0.2))
+    assert judge(history(evaluations=[moved], budget_steps=100)).headline == "inconclusive"
+
+
 # -- collapsed_rejected, drift, precedence
 
 
-def test_rejected_completions_collapse_at_the_evaluation_that_passes_one_half():
-    fractions = {40: 0.12, 80: 0.46, 120: 0.87}
+def test_rejected_completions_collapse_at_the_evaluation_that_passes_a_quarter():
+    fractions = {40: 0.12, 80: 0.24, 120: 0.87}
     records = [evaluation(step, probe_collapsed_frac=fraction) for step, fraction in fractions.items()]
     verdict = judge(history(evaluations=[start(), *records]))
     assert (verdict.headline, verdict.onset_step) == ("collapsed_rejected", 120)
@@ -296,18 +506,40 @@ def test_all_rules_that_fire_are_flags_and_the_first_is_the_headline():
     collapsing = [replace(r, probe_collapsed_frac=0.9 if r.step >= 120 else 0.1) for r in overfitting()]
     verdict = judge(history(evaluations=collapsing))
     assert (verdict.headline, verdict.flags) == ("overfit", ("overfit", "collapsed_rejected"))
-    everything = [replace(r, kl_per_token=0.8) for r in collapsing]
+    everything = [replace(r, samples=samples(0.8)) for r in collapsing]
     verdict = judge(history(evaluations=everything, steps=steps_from([1.0, math.nan])))
     assert verdict.headline == "diverged"
     assert verdict.flags == ("diverged", "overfit", "collapsed_rejected", "drift_limit")
 
 
+def test_every_rule_is_read_and_exactly_what_fired_is_a_flag():
+    order = [
+        "diverged", "broken", "memorised", "overfit", "over_optimised", "collapsed_rejected", "likelihood_displaced",
+        "underfit", "healthy", "mild_overfit", "overconfident", "mild_displacement", "drift_limit",
+    ]
+    for trial in (history(), *(trial for _, trial in CHANGES.values())):
+        readings, verdict = read_rules(trial), judge(trial)
+        assert [found.rule for found in readings] == order
+        assert [found.rule for found in readings if found.fired and found.rule != "healthy"] == list(verdict.flags)
+        assert all((found.onset_step is not None) for found in readings if found.fired)
+        headline = next((found.rule for found in readings[:9] if found.fired), "inconclusive")
+        assert verdict.headline == headline
+
+
+def test_a_reading_shows_its_numbers_also_when_nothing_fired():
+    trial = history(steps=steps_from([1.0, 0.9] * 30), evaluations=[start(), evaluation(60, samples=samples(0.1))])
+    checks = {check.threshold: check for found in read_rules(trial) for check in found.checks}
+    assert checks["broken_kl_per_token"].value == 0.1 and not checks["broken_kl_per_token"].met
+    assert checks["loss_norm_limit"].limit == 2.0 and checks["loss_steps"].value == 0
+    assert checks["collapsed_frac"].step == 60
+
+
 def test_drift_is_flagged_by_the_latest_samples_and_leaves_the_headline():
-    far = [evaluation(20, kl_per_token=0.1), evaluation(40, kl_per_token=0.31), evaluation(60)]
+    far = [evaluation(20, samples=samples(0.1)), evaluation(40, samples=samples(0.31)), evaluation(60)]
     verdict = judge(history(evaluations=far))
     assert (verdict.headline, verdict.flags) == ("healthy", ("drift_limit",))
     assert judge(history(evaluations=far), Thresholds(drift_limit_per_token=0.5)).flags == ()
-    assert judge(history(evaluations=[*far, evaluation(80, kl_per_token=0.2)])).flags == ()
+    assert judge(history(evaluations=[*far, evaluation(80, samples=samples(0.2))])).flags == ()
 
 
 def test_a_drift_that_is_not_a_number_counts_as_exceeded():
@@ -332,10 +564,34 @@ CHANGES = {
     "unbounded_loss_norm": (-99.0, history(steps=steps_from([1.0] + [-50.0] * 9), loss="robust")),
     "overfit_z": (50.0, history(evaluations=overfitting())),
     "overfit_evaluations": (6, history(evaluations=overfitting())),
+    "overfit_drift_frac": (0.1, history(evaluations=[replace(r, samples=samples(0.05)) for r in overfitting()])),
     "fitted_nats": (0.0, history(evaluations=memorised())),
+    "broken_unique_frac": (0.3, history(evaluations=[evaluation(20, samples=samples(unique_frac=0.4))])),
+    "broken_kl_per_token": (3.0, history(evaluations=[evaluation(20, samples=samples(2.5))])),
+    "broken_logp_room": (
+        3.0, history(evaluations=[evaluation(20, chosen=chosen_record(logp_per_token=-4.0))], vocabulary=E3)
+    ),
+    "broken_eos_frac": (0.3, history(evaluations=[evaluation(20, samples=samples(eos_rate=0.4))])),
+    "broken_eos_z": (50.0, history(evaluations=[evaluation(20, samples=samples(eos_rate=0.4))])),
+    "memorised_accuracy": (0.9999, history(evaluations=[evaluation(20, effect=0.0, probe=2.0)])),
+    "over_optimised_z": (50.0, history(evaluations=[sampled(20 * k, 1.0 - k, 3.0 * k) for k in (1, 2, 3)])),
+    "over_optimised_evaluations": (3, history(evaluations=[sampled(20 * k, 1.0 - k, 3.0 * k) for k in (1, 2, 3)])),
+    "displaced_z": (200.0, history(evaluations=[start(), evaluation(20, chosen=chosen_record(-6.0))])),
+    "displaced_frac": (0.9, history(evaluations=[start(), evaluation(20, chosen=chosen_record(-1.1))])),
+    "displaced_nats_per_token": (0.7, history(evaluations=[start(), evaluation(20, chosen=chosen_record(-6.0))])),
+    "displaced_leak_per_token": (
+        0.7, history(evaluations=[start(), evaluation(20, chosen=chosen_record(-3.0, leak_per_token=0.6))])
+    ),
+    "underfit_budget_frac": (0.6, history(evaluations=[unmoved(50)], budget_steps=100)),
+    "underfit_probe_gain": (
+        0.0, history(evaluations=[replace(unmoved(50), samples=samples(0.1))], budget_steps=100)
+    ),
+    "underfit_kl_per_token": (
+        0.0001, history(evaluations=[evaluation(50, effect=0.0, samples=samples(0.001))], budget_steps=100)
+    ),
     "collapsed_frac": (0.9, history(evaluations=[evaluation(20, probe_collapsed_frac=0.8)])),
     "learned_z": (50.0, history(evaluations=[evaluation(20)])),
-    "drift_limit_per_token": (0.9, history(evaluations=[evaluation(20, kl_per_token=0.5)])),
+    "drift_limit_per_token": (0.9, history(evaluations=[evaluation(20, samples=samples(0.5))])),
 }
 
 

@@ -44,7 +44,7 @@ def run_in_pieces(
 
 def comparable(report: Report) -> dict[str, object]:
     """Everything a report says, timings aside."""
-    return report.to_dict() | {"seconds": None, "points": points_of([report])}
+    return report.to_dict() | {"seconds": None, "evaluating_seconds": None, "points": points_of([report])}
 
 
 def points_of(reports: list[Report]) -> list[tuple[int, dict[str, float]]]:

@@ -1,20 +1,22 @@
-"""Checkpoints: what is kept, what is noticed, and that the state which must survive is cheap to write."""
+"""Checkpoints: what is kept, what is noticed, and that the log which must survive is cheap to write."""
 
 import json
 import time
 from collections.abc import Callable, Iterable
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
-from tiny import tiny_worker, trial_config
+from tiny import random_pairs, tiny_worker, trial_config
 from train.runs import evaluated_at, run, tensors_of
 
+from prefopt_ray.engine.base import ReferencedPairs
 from prefopt_ray.errors import CheckpointError
 from prefopt_ray.measures.verdicts import StepRecord
-from prefopt_ray.train import TrialState
 from prefopt_ray.train.checkpoints import Checkpoint, Checkpoints, lock_folder
+from prefopt_ray.train.evaluations import EvaluationLog
 from prefopt_ray.train.export import export, load_best
 
 
@@ -26,14 +28,14 @@ def test_only_the_best_and_the_last_two_are_kept(tmp_path: Path) -> None:
     checkpoints, best = Checkpoints(tmp_path), {0: -1, 1: 1, 2: 1, 4: 4, 6: 4, 8: 4, 10: 4}
     kept = []
     for step, best_step in best.items():
-        checkpoints.save(checkpoint(step), best_step=best_step)
+        checkpoints.save(checkpoint(step), keep={best_step})
         kept.append(checkpoints.steps())
     assert kept == [[0], [0, 1], [1, 2], [2, 4], [4, 6], [4, 6, 8], [4, 8, 10]]
 
 
 def test_what_is_loaded_is_what_was_saved(tmp_path: Path) -> None:
     checkpoints = Checkpoints(tmp_path)
-    checkpoints.save(checkpoint(3), best_step=-1)
+    checkpoints.save(checkpoint(3), keep=())
     loaded = checkpoints.load(3)
     assert (loaded.step, loaded.state) == (3, checkpoint(3).state)
     assert torch.equal(loaded.tensors["weights/a"], checkpoint(3).tensors["weights/a"])
@@ -42,8 +44,8 @@ def test_what_is_loaded_is_what_was_saved(tmp_path: Path) -> None:
 
 def test_saving_a_step_again_replaces_it(tmp_path: Path) -> None:
     checkpoints = Checkpoints(tmp_path)
-    checkpoints.save(checkpoint(3), best_step=-1)
-    checkpoints.save(Checkpoint(3, checkpoint(7).tensors, {"step": 3}), best_step=-1)
+    checkpoints.save(checkpoint(3), keep=())
+    checkpoints.save(Checkpoint(3, checkpoint(7).tensors, {"step": 3}), keep=())
     assert float(checkpoints.load(3).tensors["weights/a"][0]) == 7
     assert [path.name for path in tmp_path.iterdir()] == ["step-00000003"]
 
@@ -52,11 +54,11 @@ def test_unreadable_newer_checkpoints_never_push_out_sound_ones(tmp_path: Path) 
     """A trial continued from step 2 because 4 and 8 were damaged must still find what it saves at 3."""
     checkpoints = Checkpoints(tmp_path)
     for step in (2, 4, 8):
-        checkpoints.save(checkpoint(step), best_step=2)
+        checkpoints.save(checkpoint(step), keep={2})
     for step in (4, 8):
         (tmp_path / f"step-{step:08d}" / "manifest.json").unlink()
     assert checkpoints.latest().step == 2
-    checkpoints.save(checkpoint(3), best_step=2)
+    checkpoints.save(checkpoint(3), keep={2})
     assert checkpoints.steps() == [2, 3]
     assert checkpoints.latest().step == 3
 
@@ -80,7 +82,7 @@ def other_hash(manifest: dict) -> dict:
 )
 def test_an_unsound_checkpoint_says_why(change: Callable[[dict], dict], why: str, tmp_path: Path) -> None:
     checkpoints = Checkpoints(tmp_path)
-    checkpoints.save(checkpoint(3), best_step=-1)
+    checkpoints.save(checkpoint(3), keep=())
     manifest = tmp_path / "step-00000003" / "manifest.json"
     manifest.write_text(json.dumps(change(json.loads(manifest.read_text()))))
     with pytest.raises(CheckpointError, match=why):
@@ -114,19 +116,21 @@ def test_the_best_step_is_exported_whatever_came_after(adapter: str, tmp_path: P
     assert all(torch.equal(a, b) for a, b in zip(wanted, got, strict=True))
 
 
-def test_state_after_five_thousand_steps_is_written_in_a_blink() -> None:
-    """Everything but the weights, through JSON and back; 0.2 s allowed, 0.016 s when measured."""
-    trial = TrialState.open(trial_config(), tiny_worker())
-    trial._history.steps.extend(
-        StepRecord(step, 0.69 / step, 1.0 / step, 0.1 * step, finite=True) for step in range(1, 5001)
-    )
+def test_two_thousand_steps_and_ten_evaluations_of_four_thousand_pairs_are_written_in_a_blink(tmp_path: Path) -> None:
+    """The whole log of a long trial, to the disk and back; 0.5 s allowed, 0.01 s when measured."""
+    pairs = ReferencedPairs(random_pairs(4000), np.zeros((4000, 2), dtype=np.float32))
+    log = EvaluationLog.of_parts({"select": pairs, "probe": pairs.take(np.arange(512))})
+    for step in range(10):
+        log.add("select", step, np.zeros((4000, 2), dtype=np.float32))
+        log.add("probe", step, np.zeros((512, 2), dtype=np.float32))
+    steps = [StepRecord(step, 0.69 / step, 1.0 / step, 0.1 * step, finite=True) for step in range(1, 2001)]
     start = time.process_time()
-    text = json.dumps(trial.state())
+    log.put_steps(steps)
+    log.save(tmp_path / "evaluations.safetensors")
     taken = time.process_time() - start
-    trial.load(json.loads(text))
-    assert trial._history.steps[-1] == StepRecord(5000, 0.69 / 5000, 1.0 / 5000, 500.0, finite=True)
-    assert taken < 0.2
-    assert len(text) < 1_000_000
+    print(taken, (tmp_path / "evaluations.safetensors").stat().st_size)
+    assert EvaluationLog.load(tmp_path / "evaluations.safetensors").step_records() == steps
+    assert taken < 0.5
 
 
 def test_a_trial_is_trained_by_one_process_at_a_time(tmp_path: Path) -> None:

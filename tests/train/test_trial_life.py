@@ -215,8 +215,9 @@ def test_an_overfit_trial_stops_where_it_is_noticed_and_keeps_its_best(tmp_path:
         guarded = replace(config, guards=replace(config.guards, overfit=guard))
         reports[guard] = run(guarded, worker, folder=tmp_path / guard)
     stopped, flagged = reports["stop"][-1], reports["flag"][-1]
-    assert stopped.end_state == EndState.STOPPED_OVERFIT and stopped.reason == stopped.verdict.evidence
-    assert stopped.verdict.onset_step == stopped.best_step < stopped.step < 16
+    assert stopped.end_state == EndState.STOPPED_OVERFIT and "overfit" in stopped.verdict.flags
+    assert stopped.reason.startswith("gain fell from") and f"detected at step {stopped.step}" in stopped.reason
+    assert f"at step {stopped.best_step} to" in stopped.reason and stopped.best_step < stopped.step < 16
     assert stopped.step in Checkpoints(tmp_path / "stop" / "checkpoints").steps()
     assert flagged.end_state == EndState.COMPLETED and "overfit" in flagged.verdict.flags
     assert points_of(reports["flag"])[: stopped.step] == points_of(reports["stop"])
