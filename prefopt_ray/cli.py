@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from prefopt_ray import __version__
-from prefopt_ray.errors import InputError, PrefoptError, Problem, SweepError
+from prefopt_ray.errors import InputError, PrefoptError, Problem, SpecError, SweepError
 
 if TYPE_CHECKING:
     from prefopt_ray.ledger import SweepRecord
@@ -64,7 +64,12 @@ def validate(options: argparse.Namespace) -> int:
         print(dump_spec(spec), end="")
     else:
         losses = ", ".join(spec.loss_spaces())
-        print(f"{options.spec}: valid; {spec.trial_count} trials over {losses}; scheduler {spec.scheduler.kind}")
+        counted = f"{spec.trial_count} trials over {losses}"
+        if len(spec.seeds) > 1:
+            counted += f", {spec.configuration_count} configurations with {len(spec.seeds)} seeds each"
+        if spec.confirm is not None:
+            counted += f", at most {spec.confirm_count} of them to confirm the best {spec.confirm.top}"
+        print(f"{options.spec}: valid; {counted}; scheduler {spec.scheduler.kind}")
     return 0
 
 
@@ -91,6 +96,22 @@ def pairs(options: argparse.Namespace) -> int:
         }, ensure_ascii=False))
     else:
         make_console().print(render_pairs(views, loaded))
+    return 0
+
+
+def losses(options: argparse.Namespace) -> int:
+    from prefopt_ray.loss_pages import loss_facts, loss_list, loss_list_facts, loss_page
+    from prefopt_ray.losses.cards import find_card
+    from prefopt_ray.spec.rules import unknown_loss
+
+    if options.name is None:
+        print(json.dumps(loss_list_facts()) if options.json else loss_list())
+        return 0
+    try:
+        print(json.dumps(loss_facts(find_card(options.name))) if options.json else loss_page(options.name))
+    except KeyError as error:
+        rule, fix = unknown_loss(options.name)
+        raise SpecError(Problem("command line", "NAME", repr(options.name[:200]), rule, fix)) from error
     return 0
 
 
@@ -132,7 +153,7 @@ def show(options: argparse.Namespace) -> int:
     from prefopt_ray.answer import find_answer
     from prefopt_ray.ledger import read_sweep
     from prefopt_ray.report import answer_lines, leaderboard
-    from prefopt_ray.terminal import make_console, trial_table
+    from prefopt_ray.terminal import make_console, sweep_tables
 
     sweep = read_sweep(_sweep_folder(options))
     answer = find_answer(sweep)
@@ -140,13 +161,70 @@ def show(options: argparse.Namespace) -> int:
         print(json.dumps({"sweep": sweep.sweep_id, "finished": sweep.finished, "trials": leaderboard(answer)}))
         return 0
     console = make_console()
-    console.print(trial_table([s.trial for s in answer.standings], title=f"{sweep.name} {sweep.sweep_id}"))
+    for table in sweep_tables(sweep, title=f"{sweep.name} {sweep.sweep_id}"):
+        console.print(table)
     for line in answer_lines(sweep, answer):
         console.print(line)
-    for standing in answer.standings:
-        trial = standing.trial
+    for trial in sweep.trials.values():
         if trial.reason and options.reasons:
             console.print(f"{trial.trial_id} {trial.end_state}: {trial.reason}")
+    return 0
+
+
+def judge(options: argparse.Namespace) -> int:
+    folder = _sweep_folder(options)
+    from prefopt_ray.judgement import judgement_lines
+    from prefopt_ray.terminal import TerminalObserver, judgement_table, make_console
+    from prefopt_ray.tuning.judging import chosen_questions
+    from prefopt_ray.tuning.run import judge_again
+
+    asked = chosen_questions(folder, options.judge_with, top=options.top, prompts=options.prompts)
+    _quiet_libraries()
+    with TerminalObserver(make_console(stderr=True)) as observer:
+        judgements = [judge_again(folder, question, observer) for question in asked]
+    if options.json:
+        print(json.dumps({"folder": str(folder), "judgements": [judgement.to_dict() for judgement in judgements]}))
+        return 0
+    console = make_console()
+    for judgement in judgements:
+        console.print(judgement_table(judgement))
+        for line in judgement_lines(judgement, best=judgement.finalists[0].trial_id):
+            console.print(line, markup=False)
+    return 0
+
+
+def calibrate(options: argparse.Namespace) -> int:
+    from prefopt_ray.calibration import calibrate_sweep
+    from prefopt_ray.ledger import read_sweep
+    from prefopt_ray.terminal import calibration_table, make_console
+
+    calibrations = calibrate_sweep(read_sweep(_sweep_folder(options)))
+    if options.json:
+        print(json.dumps({"calibrations": [calibration.to_dict() for calibration in calibrations]}))
+        return 0
+    console = make_console()
+    for calibration in calibrations:
+        if any(row.at_best or row.pooled for row in calibration.rows):
+            console.print(calibration_table(calibration))
+        console.print(f"By {calibration.truth}: {calibration.conclusion}", markup=False)
+    return 0
+
+
+def explain(options: argparse.Namespace) -> int:
+    folder = _sweep_folder(options)
+    from prefopt_ray.answer import require_known_losses
+    from prefopt_ray.explain import explain_trial, explanation_json, explanation_lines
+    from prefopt_ray.ledger import read_sweep
+    from prefopt_ray.spec import load_spec
+
+    sweep = read_sweep(folder)
+    require_known_losses(sweep)
+    spec = load_spec(folder / "spec.yaml", overrides=[f"verdicts.{setting}" for setting in options.verdicts])
+    explanation = explain_trial(sweep, options.trial, spec.thresholds, at=options.at)
+    if options.json:
+        print(json.dumps(explanation_json(explanation)))
+    else:
+        print("\n".join(explanation_lines(explanation)))
     return 0
 
 
@@ -195,6 +273,27 @@ def ui(options: argparse.Namespace) -> int:
     return 0
 
 
+def figure(options: argparse.Namespace) -> int:
+    from prefopt_ray.ledger import read_sweep
+    from prefopt_ray.spec import load_spec
+    from prefopt_ray.sweep_figures import FIGURES, draw
+    from prefopt_ray.tracking.artifacts import attach
+    from prefopt_ray.tracking.runs import tracking_uri
+
+    folder = _sweep_folder(options)
+    sweep, spec = read_sweep(folder), load_spec(folder / "spec.yaml")
+    if options.kind not in FIGURES:
+        raise SweepError(Problem("command line", "KIND", repr(options.kind), f"must be one of {', '.join(FIGURES)}"))
+    file = folder / "report" / f"{options.kind}.svg"
+    file.parent.mkdir(exist_ok=True)
+    draw(sweep, options.kind).savefig(file)
+    print(json.dumps({"figure": str(file)}) if options.json else file)
+    if sweep.run_id is not None:
+        uri = tracking_uri(spec.tracking.mlflow, spec.storage)
+        attach(file, uri=uri, run_id=sweep.run_id, artifact_path="figures")
+    return 0
+
+
 # -- one trial -------------------------------------------------------------------------------------
 
 
@@ -232,7 +331,7 @@ def train(options: argparse.Namespace) -> int:
     if options.json:
         print(json.dumps({"folder": str(exported), **report.to_dict()}))
     else:
-        print(f"best gain {report.best_so_far:.4f} at step {report.best_step}: {exported}")
+        print(f"best {config.evaluation.objective_name} {report.best_so_far:.4f} at step {report.best_step}: {exported}")
     return 0
 
 
@@ -242,7 +341,7 @@ def train(options: argparse.Namespace) -> int:
 def _sweep_with_terminal(work: Callable[[Any], "SweepRecord"], *, as_json: bool) -> int:
     from prefopt_ray.answer import find_answer
     from prefopt_ray.report import answer_json, answer_lines
-    from prefopt_ray.terminal import TerminalObserver, make_console, trial_table
+    from prefopt_ray.terminal import TerminalObserver, make_console, sweep_tables
 
     _quiet_libraries()
     console = make_console(stderr=as_json)
@@ -250,7 +349,8 @@ def _sweep_with_terminal(work: Callable[[Any], "SweepRecord"], *, as_json: bool)
         sweep = work(observer)
     answer = find_answer(sweep)
     name = sweep.folder.name
-    console.print(trial_table([s.trial for s in answer.standings]))
+    for table in sweep_tables(sweep):
+        console.print(table)
     if not sweep.finished:
         console.print(f"stopped; `prefopt resume {name}` goes on from here")
         return 130
@@ -272,13 +372,17 @@ def _quiet_libraries() -> None:
 
 def _one_point_yaml(sweep: "SweepRecord") -> str:
     from prefopt_ray.answer import find_answer
-    from prefopt_ray.spec import dump_spec, load_spec, one_point_spec
+    from prefopt_ray.ledger import CONFIRM
+    from prefopt_ray.spec import confirmed_spec, dump_spec, load_spec, one_point_spec
 
     winner = find_answer(sweep).winner
-    spec = load_spec(sweep.folder / "spec.yaml")
+    spec, config = load_spec(sweep.folder / "spec.yaml"), winner.config
+    if winner.first.role == CONFIRM:
+        searched = sweep.trials[winner.key].config
+        return dump_spec(confirmed_spec(spec, searched, length=winner.best_step, seed=config.seed))
     return dump_spec(one_point_spec(
-        spec, winner.config.loss, winner.values, stop_step=winner.best_step,
-        total_steps=winner.config.training.total_steps,
+        spec, config.loss, winner.first.values, stop_step=winner.best_step,
+        total_steps=config.training.total_steps, evaluation=config.evaluation,
     ))
 
 
@@ -387,12 +491,35 @@ def _parser() -> argparse.ArgumentParser:
                         help="port on the loopback interface (default: a free one)")
     command("resume", resume, text="continue a sweep after Ctrl-C or a crash", takes="sweep",
             example="prefopt resume quickstart")
+    judged = command("judge", judge, text="win rates of the best checkpoints against the reference, by a judge",
+                     takes="sweep", example="prefopt judge quickstart --top 4")
+    judged.add_argument("--top", type=_number(1, 10**4), metavar="K", help="finalists besides the baseline (default: "
+                        "the spec's, or 4)")
+    judged.add_argument("--prompts", type=_number(2, 10**6), metavar="N", help="test prompts (default: the spec's, or 512)")
+    judged.add_argument("--with", dest="judge_with", action="append", default=[], metavar="KEY=VALUE",
+                        help="another judge than the spec's: reward_model=org/model, callable=judges.py:score, or "
+                             "endpoint.url=... with endpoint.model=... and endpoint.key_env=...")
+    command("calibrate", calibrate, text="how well gain, accuracy and drift rank this sweep's trials, by its judge",
+            takes="sweep", example="prefopt calibrate quickstart")
+    reasoned = command("explain", explain, text="every verdict rule with the numbers behind it, for one trial",
+                       takes="sweep", example="prefopt explain quickstart 0003 --at best --verdicts overfit_z=3")
+    reasoned.add_argument("trial", metavar="TRIAL", help="a trial's number, such as 0003")
+    reasoned.add_argument("--at", choices=("best", "end"), default="end", help="at which evaluation (default: end)")
+    reasoned.add_argument("--verdicts", action="append", default=[], metavar="THRESHOLD=VALUE",
+                          help="judge with another threshold, such as overfit_z=3")
+    drawn = command("figure", figure, text="draw what a sweep's trials stored, and keep it in its MLflow run",
+                    takes="sweep", example="prefopt figure over-optimisation frontier")
+    drawn.add_argument("kind", metavar="KIND", help="frontier (gold reward against KL), gold, paths, learning_rates "
+                       "or bandit")
     checked = command("validate", validate, text="check a spec in about a second", takes="spec",
                       example="prefopt validate sweeps/qwen05b.yaml")
     checked.add_argument("--resolved", action="store_true", help="print the spec with every default filled in")
     looked = command("pairs", pairs, text="look at the pairs as they will be trained on", takes="spec",
                      example="prefopt pairs sweeps/quickstart.yaml --show 5")
     looked.add_argument("--show", type=_number(0, 10**9), default=3, metavar="N", help="how many pairs (default 3)")
+    cards = command("losses", losses, text="every loss, or one loss on a page", takes="nothing",
+                    example="prefopt losses ipo_sum")
+    cards.add_argument("name", metavar="NAME", nargs="?", help="a loss, such as ipo_sum or sigmoid:js")
     trained = command("train", train, text="train one configuration without Ray", takes="spec",
                       example="prefopt train best.yaml --output my-adapter")
     trained.add_argument("--output", metavar="DIR", help="folder for checkpoints and the adapter")

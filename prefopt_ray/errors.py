@@ -66,5 +66,9 @@ class SweepError(InputError):
     """A sweep folder is missing, unreadable, or not what the command needs."""
 
 
+class JudgeError(InputError):
+    """A judge cannot be loaded or reached, or does not answer as a judge."""
+
+
 class CheckpointError(PrefoptError):
     """A checkpoint is torn or corrupt (its hash does not match its manifest)."""

@@ -21,6 +21,7 @@ from prefopt_ray.trial import EndState, Report, TrialConfig
 
 FORMAT = 1
 LEDGER_FILE = "ledger.jsonl"
+SEARCH, CONFIRM = "search", "confirm"  # a trial's role
 
 log = logging.getLogger(__name__)
 
@@ -59,6 +60,7 @@ class Decision:
     recorded: int  # values at the rung, this one included
     keep: bool
     reason: str
+    seeds: Mapping[str, float] = field(default_factory=dict)  # trial -> its gain there, where value is a mean of several
 
 
 @dataclass
@@ -70,6 +72,8 @@ class TrialRecord:
     values: dict[str, float]  # what the searcher drew: loss parameters and learning_rate
     config: TrialConfig
     baseline: bool
+    configuration: str = ""  # the first trial of these values; trials that share it differ in their seed
+    role: str = SEARCH  # or CONFIRM: trained with a fresh seed to check `configuration`, and selects nothing
     run_id: str | None = None  # MLflow
     placement: dict[str, Any] = field(default_factory=dict)  # the latest: execution plan, pid, host
     reports: dict[int, Report] = field(default_factory=dict)
@@ -77,6 +81,14 @@ class TrialRecord:
     end_state: EndState | None = None
     reason: str = ""
     paused: bool = False
+    waiting: bool = False  # it is at a rung where other seeds of its configuration are not yet
+
+    def __post_init__(self) -> None:
+        self.configuration = self.configuration or self.trial_id
+
+    @property
+    def seed(self) -> int:
+        return self.config.seed
 
     @property
     def last(self) -> Report | None:
@@ -84,19 +96,24 @@ class TrialRecord:
 
     @property
     def score(self) -> float:
-        """Best gain so far; -1 when no evaluation after a training step was valid."""
+        """Best gain so far; -1 when no evaluation after a training step was valid. A confirmation's is at its length."""
+        if self.role == CONFIRM:
+            end = self.reports.get(self.config.training.stop_step)
+            return end.objective if end else -1.0
         return self.last.best_so_far if self.last else -1.0
 
     @property
     def best_step(self) -> int:
+        if self.role == CONFIRM:
+            return self.config.training.stop_step if self.score >= 0 else -1
         return self.last.best_step if self.last else -1
 
     @property
     def state(self) -> str:
-        """Its end state, or paused, or running."""
+        """Its end state, or paused, waiting or running."""
         if self.end_state is not None:
             return self.end_state.value
-        return "paused" if self.paused else "running"
+        return "paused" if self.paused else "waiting" if self.waiting else "running"
 
     @property
     def unopposed(self) -> bool:
@@ -122,7 +139,6 @@ class SweepRecord:
     @property
     def baseline(self) -> TrialRecord | None:
         return next((t for t in self.trials.values() if t.baseline), None)
-
 
     @property
     def state_counts(self) -> str:
@@ -207,7 +223,8 @@ def _fold(sweep: SweepRecord, event: Mapping[str, Any]) -> None:
     elif kind == "trial":
         config = TrialConfig.from_dict(event["config"])
         sweep.trials[event["trial"]] = TrialRecord(
-            event["trial"], event["number"], dict(event["values"]), config, event["baseline"]
+            event["trial"], event["number"], dict(event["values"]), config, event["baseline"],
+            configuration=event.get("configuration", event["trial"]), role=event.get("role", SEARCH),
         )
     elif kind == "tracked" and trial is None:
         sweep.run_id = event["run_id"]
@@ -218,13 +235,18 @@ def _fold(sweep: SweepRecord, event: Mapping[str, Any]) -> None:
     elif kind == "report":
         report = Report.from_dict(event["report"])
         trial.reports[report.step] = report
-        trial.paused = False
+        trial.paused = trial.waiting = False
     elif kind == "decision":
         trial.decisions.append(Decision(**event["decision"]))
+        for seed in sweep.trials.values():
+            seed.waiting = seed.waiting and seed.configuration != trial.configuration
     elif kind == "end":
         trial.end_state, trial.reason, trial.paused = EndState(event["end_state"]), event["reason"], False
+        trial.waiting = False
     elif kind == "paused":
         trial.paused = True
+    elif kind == "waiting":
+        trial.waiting = True
     elif kind == "tested":
         sweep.tested[event["trial"]] = event["step"]
         sweep.untested.pop(event["trial"], None)

@@ -5,7 +5,8 @@ The one place where spec, pairs, engine and gold meet. Knows nothing of Ray or M
 """
 
 import os
-from collections.abc import Callable, Mapping
+import re
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -24,20 +25,30 @@ from prefopt_ray.engine.loading import (
 )
 from prefopt_ray.engine.plain import PlainEngine
 from prefopt_ray.engine.reference import Progress, ReferenceKey, reference_parts, stored_parts
+from prefopt_ray.gold.bandit import bandit_rows, ensure_bandit
 from prefopt_ray.gold.base import ensure_gold_base
-from prefopt_ray.gold.pairs import gold_rows
+from prefopt_ray.gold.pairs import gold_rows, with_flipped_labels
 from prefopt_ray.gold.scorer import GoldScorer
+from prefopt_ray.judges.prompts import read_prompts
+from prefopt_ray.judges.rungs import RungJudgePlan
 from prefopt_ray.losses.cards import find_card
-from prefopt_ray.pairs.config import PairsConfig, PartConfig, SourceConfig
+from prefopt_ray.losses.registry import RegisteredLoss, register_loss, registered_losses
+from prefopt_ray.pairs.config import MODEST_PAIRS, PairsConfig, PartConfig, SourceConfig
 from prefopt_ray.pairs.load import LoadedPairs, load_sweep_data
 from prefopt_ray.pairs.shapes import SCORE_KEYS
-from prefopt_ray.pairs.tokens import SweepData
+from prefopt_ray.pairs.tokens import PairTokens, SweepData
 from prefopt_ray.spec import OtherModel, PartSpec, SweepSpec
+from prefopt_ray.spec.sections import TrainingSpec
+from prefopt_ray.spec.evaluation_plan import Workload, share
+from prefopt_ray.thresholds import Thresholds
 from prefopt_ray.train import Worker, make_worker
 from prefopt_ray.trial import ExecutionPlan, TrialConfig
 
-GOLD = "gold"
+GOLD, BANDIT = "gold", "bandit"
 DEFAULT_SHARE = 0.2  # a select or test part that the spec does not name takes at most this share of the train source
+COSTLY_EVALUATION = 0.25  # of a trial's cost; above it a person is told
+# Four evaluations of as many pairs cost a sixth of the training with a LoRA (two forward passes per pair).
+SELECT_SHARE_OF_TRAINING = 0.08
 Stage = Callable[[str], Progress]  # name of a long step -> its progress function
 
 
@@ -61,19 +72,26 @@ class WorkerBlueprint:
     device: str  # cpu | cuda
     micro_batch_pairs: int
     needs: frozenset[str] = frozenset()  # of all losses that will train
+    losses: tuple[RegisteredLoss, ...] = ()  # those of them that another process cannot find by name alone
+    thresholds: Thresholds = Thresholds()
+    judge: RungJudgePlan | None = None  # None: no judge inside trials
     parts: dict[str, ReferencedPairs] | None = None  # None: the reference pass is still to be made
 
     def __call__(self) -> Worker:
         """Load the model and open the worker. Raises ModelError."""
         if self.parts is None:
             raise ValueError("the reference pass comes first: blueprint.with_reference(...)")
+        for card, formula in self.losses:
+            register_loss(card, formula)
         engine = self.open_engine()
         tokenizer = load_tokenizer(self.model)
         return make_worker(
             engine, self.parts,
             decode=lambda ids: tokenizer.decode(ids, skip_special_tokens=True),
             probe_pairs=self.probe_pairs, sample_prompts=self.sample_prompts,
-            scorers=(GoldScorer(),) if self.gold else (), reference_is_start=self.reference is None,
+            scorers=(GoldScorer(),) if self.gold else (),
+            judges=(self.judge.open(device=self.device),) if self.judge else (), reference_is_start=self.reference is None,
+            thresholds=self.thresholds,
         )
 
     def open_engine(self) -> PlainEngine:
@@ -140,8 +158,26 @@ class Prepared:
     def trial_config(self, loss: str, values: Mapping[str, float]) -> TrialConfig:
         """One trial of the spec on these pairs. Raises SpecError if `values` are not the loss's."""
         return self.spec.trial_config(
-            loss, values, train_pairs=self.train_pairs, max_tokens_hint=self.longest_tokens
+            loss, values, train_pairs=self.train_pairs, max_tokens_hint=self.longest_tokens, workload=self.workload
         )
+
+    @property
+    def workload(self) -> Workload:
+        return _workload(self.spec, self.loaded.data)
+
+    @property
+    def warnings(self) -> tuple[str, ...]:
+        """What a person should know before the trials begin."""
+        plan = self.spec.evaluation(self.spec.total_steps(self.train_pairs), self.workload)
+        part = share(self.workload, plan)
+        if part <= COSTLY_EVALUATION:
+            return self.loaded.warnings
+        costs = (
+            f"evaluating will take about {part:.0%} of each trial: {len(self.loaded.data.select)} select pairs and "
+            f"{plan.probe_pairs} train pairs at {len(plan.steps) - 1} steps of {plan.steps[-1]}; "
+            "train longer, or lower data.select.pairs, eval.train_probe or eval.at"
+        )
+        return (*self.loaded.warnings, costs)
 
 
 def cache_folder(spec: SweepSpec) -> Path:
@@ -152,12 +188,14 @@ def prepare(spec: SweepSpec, *, stage: Stage, device: str, threads: int) -> Prep
     """Model source, tokenizer, token ids. Raises ModelError and DataError."""
     source = policy_source(spec, stage=stage)
     tokenizer = load_tokenizer(source)
-    loaded = load_sweep_data(
-        pairs_config(spec, source), tokenizer, cache=cache_folder(spec) / "pairs", progress=stage("tokenising")
-    )
+    pairs = pairs_config(spec, source)
+    loaded = load_sweep_data(pairs, tokenizer, cache=cache_folder(spec) / "pairs", progress=stage("tokenising"))
     longest = int(loaded.data.train.longest.max())
     reference = _reference_source(spec, source)
     weights = source_digest(source)
+    evaluation = spec.evaluation(
+        spec.total_steps(len(loaded.data.train)), _workload(spec, loaded.data)
+    )
     blueprint = WorkerBlueprint(
         model=source,
         reference=reference,
@@ -168,13 +206,16 @@ def prepare(spec: SweepSpec, *, stage: Stage, device: str, threads: int) -> Prep
         eos_ids=loaded.data.eos_ids,
         largest_id=loaded.max_token_id,
         longest_pair=max(int(part.longest.max()) for part in loaded.data.parts.values()),
-        probe_pairs=spec.eval.train_probe,
-        sample_prompts=spec.samples.prompts,
+        probe_pairs=evaluation.probe_pairs,
+        sample_prompts=evaluation.sample_prompts,
         gold=spec.data.is_gold,
         threads=threads,
         device=device,
         micro_batch_pairs=_micro_batch(spec, len(loaded.data.train), longest),
-        needs=frozenset().union(*(find_card(loss).needs for loss in (spec.baseline_values()[0], *spec.loss_spaces()))),
+        needs=frozenset().union(*(find_card(loss).needs for loss in _trained_losses(spec))),
+        losses=_registered_among(_trained_losses(spec)),
+        thresholds=spec.thresholds,
+        judge=_rung_judge(spec, pairs, loaded.data.select, prompts=evaluation.sample_prompts),
     )
     return Prepared(_at_commit(spec, source), blueprint, tokenizer, loaded)
 
@@ -201,19 +242,26 @@ def policy_source(spec: SweepSpec, *, stage: Stage) -> ModelSource:
     if model.policy == GOLD:
         folder = ensure_gold_base(cache_folder(spec), progress=stage("gold base model"))
         return ModelSource(str(folder), dtype=model.dtype)
+    if model.policy == BANDIT:
+        return ModelSource(str(ensure_bandit(cache_folder(spec))), dtype=model.dtype)
     adapters = (model.start_adapter,) if model.start_adapter else ()
     return _pinned(ModelSource(model.policy, model.revision, adapters, model.dtype))
 
 
 def pairs_config(spec: SweepSpec, source: ModelSource) -> PairsConfig:
-    """The spec's data section in the pairs layer's terms; the gold language's rows are made here."""
+    """The spec's data section in the pairs layer's terms; rows of the embedded tasks are made here."""
     data = spec.data
 
     def part(name: str) -> PartConfig:
         written = data.part(name)
         if written.from_ == "train":
-            default = getattr(data, name) is None
-            return PartConfig(None, written.pairs, most=DEFAULT_SHARE if default else 1.0)
+            if getattr(data, name) is not None:
+                return PartConfig(None, written.pairs)
+            default = PartConfig(None, written.pairs, most=DEFAULT_SHARE)
+            return _affordable(default, spec.training) if name == "select" else default
+        if written.source == BANDIT:  # every part has the comparisons that train names
+            rows = bandit_rows(data.train.split, part=name, pairs=written.pairs)
+            return PartConfig(SourceConfig(source=BANDIT, split=name, rows=tuple(rows)))
         return PartConfig(_source(written, name, source), written.pairs)
 
     return PairsConfig(
@@ -222,9 +270,19 @@ def pairs_config(spec: SweepSpec, source: ModelSource) -> PairsConfig:
     )
 
 
+def _affordable(select: PartConfig, training: TrainingSpec) -> PartConfig:
+    """A select part that nobody sized, as large as a trial can afford to score at every evaluation."""
+    if training.epochs is not None:
+        return replace(select, modest=min(1.0, SELECT_SHARE_OF_TRAINING * training.epochs))
+    seen = training.pairs if training.pairs is not None else training.steps * training.batch_pairs
+    return replace(select, pairs=min(select.pairs, max(MODEST_PAIRS, int(SELECT_SHARE_OF_TRAINING * seen))))
+
+
 def _source(part: PartSpec, name: str, model: ModelSource) -> SourceConfig:
     if part.source == GOLD:
         rows = gold_rows(Path(model.model), split=name, pairs=part.pairs)
+        if part.flipped is not None:
+            rows = with_flipped_labels(rows, part.flipped)
         scores = {key: key for key in SCORE_KEYS}
         return SourceConfig(source=GOLD, split=name, columns=scores, rows=tuple(rows))
     return SourceConfig(
@@ -272,6 +330,41 @@ def _micro_batch(spec: SweepSpec, train_pairs: int, longest: int) -> int:
     loss, values = spec.baseline_values()
     config = spec.trial_config(loss, values, train_pairs=train_pairs, max_tokens_hint=longest)
     return config.training.micro_batch_pairs
+
+
+def _trained_losses(spec: SweepSpec) -> tuple[str, ...]:
+    return (spec.baseline_values()[0], *spec.loss_spaces())
+
+
+def _registered_among(losses: Iterable[str]) -> tuple[RegisteredLoss, ...]:
+    """Those that a person registered, also as parts of a mixture."""
+    names = {name for loss in losses for name in re.split("[+:]", loss)}
+    return tuple((card, formula) for card, formula in registered_losses() if card.name in names)
+
+
+def _workload(spec: SweepSpec, data: SweepData) -> Workload:
+    """What one trial of the spec computes on this data; the same for all of them."""
+    return Workload(
+        pairs_seen=spec.training.batch_pairs * spec.stop_step(spec.total_steps(len(data.train))),
+        pair_tokens=_mean_tokens(data.train),
+        select_pairs=len(data.select),
+        select_pair_tokens=_mean_tokens(data.select),
+        prompt_tokens=float(data.select.prompt.lengths.mean()),
+        full_finetuning=spec.model.adapter.kind == "none",
+    )
+
+
+def _mean_tokens(pairs: PairTokens) -> float:
+    """Of a pair as it is computed: the prompt once for each completion."""
+    return float((2 * pairs.prompt.lengths + pairs.chosen.lengths + pairs.rejected.lengths).mean())
+
+
+def _rung_judge(spec: SweepSpec, pairs: PairsConfig, select: PairTokens, *, prompts: int) -> RungJudgePlan | None:
+    """With the texts of the prompts that trials sample, where the spec has a judge at rungs."""
+    if spec.judge is None or spec.judge.at != "rungs":
+        return None
+    rows = select.row_ids[select.first_of_groups(prompts)]
+    return RungJudgePlan(spec.judge, read_prompts(pairs, "select", rows), spec.storage)
 
 
 def _versions() -> dict[str, str]:

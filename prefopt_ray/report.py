@@ -4,10 +4,12 @@ Every place that shows a trial (terminal, MLflow, JSON) shows the fields made he
 """
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable
 from typing import Any
 
-from prefopt_ray.answer import Alike, Answer, Standing
+from prefopt_ray.answer import Alike, Answer
+from prefopt_ray.configurations import Configuration
+from prefopt_ray.judgement import judgement_lines, stored_judgements
 from prefopt_ray.ledger import SweepRecord, TrialRecord
 from prefopt_ray.measures.compare import Difference, GainInterval
 from prefopt_ray.trial import Report
@@ -21,11 +23,15 @@ def answer_lines(sweep: SweepRecord, answer: Answer) -> list[str]:
         return [f"No configuration has a valid score ({sweep.state_counts}).", *_reasons(sweep)]
     lines = [_headline(answer)]
     if answer.test_gain is None:
-        lines.append(f"Its gain on the select part is {answer.winner.score:.4f} bits per pair; "
+        name = answer.winner.config.evaluation.objective_name
+        unit = " bits per pair" if name == "gain" else ""
+        lines.append(f"Its {name} on the select part is {answer.winner.score:.4f}{unit}; "
                      "not scored on test yet, so this is optimistic and the order may change.")
     else:
         lines += _test_lines(answer)
     lines += _gold_lines(answer)
+    lines += [line for judgement in stored_judgements(sweep.folder)
+              for line in judgement_lines(judgement, best=answer.winner.trial_id)]
     lines += [f"Note: {warning}." for warning in answer.warnings]
     merged = sweep.facts.get("merged_adapters")
     if merged:
@@ -35,8 +41,9 @@ def answer_lines(sweep: SweepRecord, answer: Answer) -> list[str]:
 
 
 def leaderboard(answer: Answer) -> list[dict[str, str | float | int | None]]:
-    """One flat row per trial in the order of the answer."""
-    return [_row(standing) for standing in answer.standings]
+    """One flat row per configuration in the order of the answer, then those of the confirmation."""
+    searched = [_row(s.configuration, rank=s.rank, drift=s.drift) for s in answer.standings]
+    return searched + [_row(configuration) for configuration in answer.confirmed]
 
 
 def answer_json(sweep: SweepRecord, answer: Answer) -> dict[str, Any]:
@@ -48,22 +55,26 @@ def answer_json(sweep: SweepRecord, answer: Answer) -> dict[str, Any]:
         "folder": str(sweep.folder),
         "finished": sweep.finished,
         "best": None if winner is None else {
-            **_row(next(s for s in answer.standings if s.trial is winner)),
+            **_row(winner, rank=answer.rank_of(winner)),
             "total_steps": winner.config.training.total_steps,
             "test_gain": _numbers(answer.test_gain),
             "baseline_test_gain": _numbers(answer.baseline_gain),
             "minus_baseline": _numbers(answer.over_baseline),
             "beats_baseline": answer.beats_baseline,
-            "training_seeds": 1,
+            "adapter_beats_baseline": answer.adapter_beats_baseline,
+            "claim": "configuration" if answer.of_configurations else "adapter",
+            "training_seeds": len(winner.seeds),
+            "confirmed": bool(answer.confirmed),
         },
         "cannot_be_told_apart": [
-            {"trial": a.trial.trial_id, "configuration": a.trial.config.label, "stop_step": a.trial.best_step,
+            {"trial": a.trial.trial_id, "configuration": a.trial.config.label, "stop_step": a.configuration.best_step,
              "best_minus_this": _numbers(a.difference), "part": a.part}
             for a in answer.alike if not a.better
         ],
         "better_on_test": [a.trial.trial_id for a in answer.alike if a.better],
         "resolvable_difference": answer.resolvable,
         "warnings": list(answer.warnings),
+        "judgements": [judgement.to_dict() for judgement in stored_judgements(sweep.folder)],
         "trials": leaderboard(answer),
     }
 
@@ -73,11 +84,12 @@ def report_line(report: Report) -> str:
     metrics = report.metrics
     gold = f"  gold {metrics['gold/reward']:.2f}" if "gold/reward" in metrics else ""
     measured = (
-        f"gain {report.objective:.4f}  accuracy {metrics['eval/rewards/accuracy']:.3f}  "
+        f"gain {metrics['eval/gain']:.4f}  accuracy {metrics['eval/rewards/accuracy']:.3f}  "
         f"h {metrics['eval/h/mean']:.2f}" if "eval/gain" in metrics else "not evaluated"
     )
+    judged = f"  judge {metrics['judge/win_rate']:.2f}" if "judge/win_rate" in metrics else ""
     end = f"  [{report.end_state}: {report.reason}]" if report.end_state else ""
-    return f"step {report.step:>5}  {measured}{gold}  {report.verdict.headline}{end}"
+    return f"step {report.step:>5}  {measured}{gold}{judged}  {report.verdict.headline}{end}"
 
 
 def _numbers(interval: Difference | GainInterval | None) -> dict[str, float | int | None] | None:
@@ -91,51 +103,98 @@ def _headline(answer: Answer) -> str:
     winner = answer.winner
     better = [alike.trial.trial_id for alike in answer.alike if alike.better]
     where = f"{winner.config.label}, stopped at step {winner.best_step} of {winner.config.training.total_steps}"
+    if answer.confirmed:
+        return _confirmed_headline(answer)
     if len(answer.standings) == 1:
         return f"Trained: {where}."
     if better:
         return f"No clear best: first in rank is {where}, but on test {', '.join(better)} did better."
     if winner.baseline:
         return f"Nothing beats the baseline: {where}."
-    if answer.over_baseline is not None and not answer.beats_baseline:
+    if answer.over_baseline is not None and not answer.adapter_beats_baseline:
         return f"Nothing is shown to beat the baseline; first in rank is {where}."
-    return f"Best: {where}."
+    return f"Best: {where}." if answer.of_configurations else f"Best adapter: {where}."
+
+
+def _confirmed_headline(answer: Answer) -> str:
+    winner, count = answer.winner, len(answer.winner.seeds)
+    schedule = winner.config.training.schedule
+    how = (f"{winner.config.label}, trained for {winner.best_step} steps, confirmed with {count} fresh "
+           f"seed{'s' if count > 1 else ''}, schedule {schedule}")
+    if winner.baseline:
+        return f"Nothing beats the baseline: {how}."
+    if answer.over_baseline is not None and not answer.adapter_beats_baseline:
+        return f"The confirmed winner is not shown to beat the baseline: {how}."
+    return f"Best: {how}." if answer.of_configurations else f"Best adapter: {how}."
 
 
 def _test_lines(answer: Answer) -> list[str]:
-    gain = answer.test_gain
+    gain, seeds = answer.test_gain, len(answer.winner.seeds)
+    over = f"mean of {seeds} seeds, " if seeds > 1 else ""
     lines = [
         f"Gain on test, which selected nothing: {gain.gain:.4f} bits per pair "
-        f"(95 % interval {gain.low:.4f} to {gain.high:.4f}; {gain.n} pairs, {gain.clusters} prompts)."
+        f"({over}95 % interval {gain.low:.4f} to {gain.high:.4f}; {gain.n} pairs, {gain.clusters} prompts)."
     ]
     if answer.over_baseline is not None:
         lines.append(f"Minus the baseline ({answer.baseline.config.label}, step {answer.baseline.best_step}): "
-                     f"{_signed(answer.over_baseline)}; {_verdict_on(answer.over_baseline)}.")
+                     f"{_signed(answer.over_baseline)}; {_verdict_on(answer)}.")
     elif answer.winner is not answer.baseline:
         lines.append("The baseline has no valid score to compare with.")
+    lines += _confirmation_lines(answer)
     lines += [f"Better than it on test: {_alike_line(alike)}." for alike in answer.alike if alike.better]
     alike = [alike for alike in answer.alike if not alike.better]
     if alike:
         lines.append(f"Cannot be told apart from it with these pairs ({len(alike)}):")
         lines += [f"  {_alike_line(one)}" for one in alike]
     elif len(answer.standings) > 1 and not answer.alike:
-        lines.append("Every other configuration is worse, beyond chance.")
+        lines.append(f"Every other {'configuration' if answer.of_configurations else 'adapter'} is worse, beyond chance.")
     resolved = "" if answer.resolvable is None else f"These pairs show a difference of {answer.resolvable:.4f} four times in five. "
-    lines.append(f"{resolved}All of this is for this training seed.")
+    lines.append(f"{resolved}{_scope(answer)}")
+    return lines
+
+
+def _scope(answer: Answer) -> str:
+    """What the numbers above are claims about."""
+    if not answer.of_configurations:
+        return ("All of this is for these adapters, one training seed each: the best of several is partly the luckiest. "
+                "`replicates` or `confirm` in the spec tell about the configurations.")
+    if answer.confirmed:
+        return "Errors are over pairs and seeds; these seeds selected no length and no finalist."
+    return ("Errors are over pairs and seeds. The same seeds chose the best, so its intervals allow for all it was "
+            "chosen from; `confirm` trains it with fresh ones.")
+
+
+def _confirmation_lines(answer: Answer) -> list[str]:
+    """Where the confirmation does not say what the search said."""
+    lines = []
+    if answer.order_changed:
+        rank = {c.key: answer.rank_of(c) for c in answer.confirmed}
+        order = ", ".join(f"{c.config.label} (the search's {rank[c.key]}.)" for c in answer.confirmed)
+        lines.append(f"The confirmed order differs from the search's: {order}.")
+    for configuration in answer.confirmed:
+        if configuration.score < 0:
+            ends = ", ".join(f"seed {t.seed} {t.state}: {t.reason}" for t in configuration.trials)
+            lines.append(f"Not confirmed: {configuration.config.label} did not reach its length with every seed ({ends}).")
     return lines
 
 
 def _gold_lines(answer: Answer) -> list[str]:
     """Where the true reward is known: whether gain chose well, and who over-optimised."""
-    if not gold_rewards(answer.winner):
+    at_best = _mean_at_best(answer.winner, "gold/reward")
+    if at_best is None:
         return []
-    start = answer.winner.reports[0].metrics.get("gold/reward") if 0 in answer.winner.reports else None
+    first = answer.winner.first
+    start = first.reports[0].metrics.get("gold/reward") if 0 in first.reports else None
     base = "" if start is None else f"; the base model has {start:.2f}"
-    known = {s.trial.trial_id: gold_rewards(s.trial) for s in answer.standings}
+    highest = max(
+        reward for c in (answer.winner, *(s.configuration for s in answer.standings))
+        if (reward := _mean_at_best(c, "gold/reward")) is not None
+    )
+    line = f"The truth, for once known (gold reward{base}): {at_best:.2f} "
+    line += f"for the best; the highest of all trials at their best steps is {highest:.2f}."
+    known = {t.trial_id: gold_rewards(t) for s in answer.standings for t in s.configuration.trials}
     known = {name: rewards for name, rewards in known.items() if rewards}
     fell = {name: rewards for name, rewards in known.items() if rewards[1] < rewards[0] - OVER_OPTIMISED_BY}
-    line = f"The truth, for once known (gold reward{base}): {known[answer.winner.trial_id][0]:.2f} "
-    line += f"for the best; the highest of all trials at their best steps is {max(r[0] for r in known.values()):.2f}."
     if not fell:
         return [line]
     worst = min(fell, key=lambda name: fell[name][1])
@@ -152,7 +211,10 @@ def gold_rewards(trial: TrialRecord) -> tuple[float, float] | tuple[()]:
     return best.metrics["gold/reward"], _last_value(trial, "gold/reward")
 
 
-def _verdict_on(difference: Difference) -> str:
+def _verdict_on(answer: Answer) -> str:
+    difference = answer.over_baseline
+    if difference.low > 0 and not answer.of_configurations:
+        return "this adapter is better than the baseline's; one seed cannot say whether the configuration is"
     if difference.low > 0:
         return "better than the baseline"
     return "worse than the baseline" if difference.high < 0 else "not shown to differ from the baseline"
@@ -160,7 +222,7 @@ def _verdict_on(difference: Difference) -> str:
 
 def _alike_line(alike: Alike) -> str:
     trial = alike.trial
-    return (f"{trial.trial_id} {trial.config.label} at step {trial.best_step}: best minus this "
+    return (f"{trial.trial_id} {trial.config.label} at step {alike.configuration.best_step}: best minus this "
             f"{_signed(alike.difference)} on {alike.part}")
 
 
@@ -172,31 +234,52 @@ def _reasons(sweep: SweepRecord) -> list[str]:
     return [f"  {t.trial_id} {t.config.label}: {t.end_state}: {t.reason}" for t in sweep.trials.values() if t.reason]
 
 
-def _row(standing: Standing) -> dict[str, str | float | int | None]:
-    trial, last = standing.trial, standing.trial.last
-    best = trial.reports.get(trial.best_step)
-    metrics: Mapping[str, float] = best.metrics if best else {}
+def _row(
+    configuration: Configuration, *, rank: int | None = None, drift: float = math.inf
+) -> dict[str, str | float | int | None]:
+    """A configuration's row, each number the mean over its seeds; the confirmation's have no rank."""
+    first, step, trials = configuration.first, configuration.best_step, configuration.trials
+    ends = [t.last for t in trials if t.last is not None]
     return {
-        "rank": standing.rank,
-        "trial": trial.trial_id,
-        "baseline": "baseline" if trial.baseline else "",
-        "unopposed": "unopposed" if trial.unopposed else "",
-        "loss": trial.config.loss,
-        **trial.values,
-        "end_state": trial.state,
-        "verdict_at_best": last.verdict_at_best.headline if last else None,
-        "verdict_at_end": last.verdict.headline if last else None,
-        "score": round(trial.score, 4),
-        "accuracy": _rounded(metrics.get("eval/rewards/accuracy")),
-        "stop_step": trial.best_step,
-        "steps_trained": last.step if last else 0,
-        "onset_step": last.verdict.onset_step if last else None,
-        "drift_per_token": _rounded(standing.drift if best else None),
-        "gold_reward_at_best": _rounded(metrics.get("gold/reward")),
-        "gold_reward_at_end": _rounded(_last_value(trial, "gold/reward")),
-        "final_kl": _rounded(_last_value(trial, "samples/kl")),
-        "reason": trial.reason,
+        "rank": rank,
+        "trial": first.trial_id,
+        "role": first.role,
+        "seeds": len(configuration.seeds),
+        "baseline": "baseline" if first.baseline else "",
+        "unopposed": "unopposed" if first.unopposed else "",
+        "loss": first.config.loss,
+        **first.values,
+        "end_state": _each(t.state for t in trials),
+        "verdict_at_best": _each(t.reports[step].verdict.headline for t in configuration.seeds) if step > 0 else
+        _each(end.verdict_at_best.headline for end in ends),
+        "verdict_at_end": _each(end.verdict.headline for end in ends),
+        "score": round(configuration.score, 4),
+        "accuracy": _rounded(_mean_at_best(configuration, "eval/rewards/accuracy")),
+        "stop_step": step,
+        "steps_trained": max((end.step for end in ends), default=0),
+        "onset_step": min((e.verdict.onset_step for e in ends if e.verdict.onset_step is not None), default=None),
+        "drift_per_token": _rounded(drift if math.isfinite(drift) else None),
+        "gold_reward_at_best": _rounded(_mean_at_best(configuration, "gold/reward")),
+        "gold_reward_at_end": _rounded(_mean(_last_value(t, "gold/reward") for t in configuration.seeds)),
+        "final_kl": _rounded(_mean(_last_value(t, "samples/kl") for t in configuration.seeds)),
+        "reason": _each(t.reason for t in trials),
     }
+
+
+def _each(words: Iterable[str]) -> str | None:
+    """What the seeds have, each once."""
+    return "; ".join(dict.fromkeys(word for word in words if word)) or None
+
+
+def _mean_at_best(configuration: Configuration, key: str) -> float | None:
+    reports = [t.reports.get(configuration.best_step) for t in configuration.seeds]
+    return _mean(report.metrics.get(key) if report else None for report in reports)
+
+
+def _mean(values: Iterable[float | None]) -> float | None:
+    """None where any seed has none: a mean over other seeds is another number."""
+    listed = list(values)
+    return None if None in listed else sum(listed) / len(listed)
 
 
 def _last_value(trial: TrialRecord, key: str) -> float | None:

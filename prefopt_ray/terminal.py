@@ -7,20 +7,25 @@ import sys
 import time
 from collections.abc import Callable
 
+from rich.box import SIMPLE
 from rich.console import Console
 from rich.live import Live
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 from rich.text import Text
 
-from prefopt_ray.answer import ranking
+from prefopt_ray.answer import confirmation, ranking
+from prefopt_ray.calibration import Calibration, Correlation
+from prefopt_ray.judgement import Judgement
 from prefopt_ray.ledger import SweepRecord, TrialRecord
 from prefopt_ray.report import gold_rewards
 from prefopt_ray.spec import SweepSpec
 from prefopt_ray.trial import Report
 
-_COLOURS = {"diverged": "red", "overfit": "yellow", "drifted": "yellow", "collapsed": "magenta", "healthy": "green"}
-_SHORT = {"collapsed_rejected": "collapsed", "inconclusive": "-", "stopped_early": "stopped",
+_COLOURS = {"diverged": "red", "broken": "red", "memorised": "yellow", "overfit": "yellow", "over-opt": "yellow",
+            "drifted": "yellow", "collapsed": "magenta", "displaced": "magenta", "healthy": "green"}
+_SHORT = {"collapsed_rejected": "collapsed", "likelihood_displaced": "displaced", "over_optimised": "over-opt",
+          "inconclusive": "-", "stopped_early": "stopped",
           "stopped_overfit": "overfit", "stopped_by_user": "by user", "out_of_memory": "no memory"}
 LOG_LINE_S = 10.0  # without a terminal: at most one progress line in this time
 
@@ -92,16 +97,31 @@ def live_table(sweep: SweepRecord, *, expected: int, height: int) -> Table:
     """The running trials, then the best ones, as many as fit; at most 80 columns."""
     trials = list(sweep.trials.values())
     running = [t for t in trials if t.end_state is None and not t.paused]
-    ended = [s.trial for s in ranking(sweep) if s.trial not in running]
+    ranked = [trial for standing in ranking(sweep) for trial in standing.configuration.trials]
+    ended = [t for t in [*ranked, *confirming(sweep)] if t not in running]
     room = max(4, height - 6)
     shown = [*running, *ended][:room]
     ended_count = sum(1 for t in trials if t.end_state is not None)
-    title = f"{ended_count} of {expected} trials ended ({sweep.state_counts})"
+    title = f"{ended_count} of {'up to ' if confirming(sweep) else ''}{expected} trials ended ({sweep.state_counts})"
     table = trial_table(shown, title=title)
     hidden = len(trials) - len(shown)
     if hidden > 0:
         table.caption = f"and {hidden} more, ranked lower"
     return table
+
+
+def sweep_tables(sweep: SweepRecord, *, title: str = "") -> list[Table]:
+    """The trials of the search in the order of their configurations, and those of the confirmation apart."""
+    ranked = [trial for standing in ranking(sweep) for trial in standing.configuration.trials]
+    tables = [trial_table(ranked, title=title)]
+    if confirming(sweep):
+        tables.append(trial_table(confirming(sweep), title="confirmation, with fresh seeds"))
+    return tables
+
+
+def confirming(sweep: SweepRecord) -> list[TrialRecord]:
+    """The trials of the confirmation, best configuration first."""
+    return [trial for configuration in confirmation(sweep) for trial in configuration.trials]
 
 
 def trial_table(trials: list[TrialRecord], *, title: str = "") -> Table:
@@ -114,16 +134,21 @@ def trial_table(trials: list[TrialRecord], *, title: str = "") -> Table:
     table = Table(title=title, title_justify="left", box=None, padding=(0, 1, 0, 0), pad_edge=False)
     # Words may be cut where the line is too long; a number with a digit missing would be another number.
     words = {"loss": 8, "verdict": 9, "state": 9}
+    seeds = len({trial.seed for trial in trials}) > 1
+    if seeds:
+        table.add_column("seed", justify="right", no_wrap=True)
     for name in ("#", "loss", "beta", "lr", "step", "best", "at", "gold at>end" if gold else "acc", "verdict", "state"):
         if name in words:
-            table.add_column(name, max_width=words[name], no_wrap=True, overflow="crop")
+            # A loss is never cut: `sigmoid:js` and `sigmoid:alpha` would look the same. It takes a second line.
+            folds = name == "loss"
+            table.add_column(name, max_width=words[name], no_wrap=not folds, overflow="fold" if folds else "crop")
         else:
             table.add_column(name, justify="right", no_wrap=True)
     if any(trial.unopposed for trial in trials):
         table.caption = "* passed a rung before any other trial was there"
         table.caption_justify = "left"
     for trial in trials:
-        table.add_row(*_cells(trial, gold=gold))
+        table.add_row(*([Text(str(trial.seed))] if seeds else []), *_cells(trial, gold=gold))
     return table
 
 
@@ -136,11 +161,17 @@ def _cells(trial: TrialRecord, *, gold: bool) -> list[Text]:
     mark = "b" if trial.baseline else "*" if trial.unopposed else ""
     return [
         Text(f"{trial.number}{mark}"), Text(trial.config.loss),
-        Text(f"{trial.config.loss_params['beta']:.3g}"), Text(short_rate(trial.config.learning_rate)),
+        Text(_beta(trial)), Text(short_rate(trial.config.learning_rate)),
         Text(str(last.step if last else 0)), Text(f"{trial.score:.4f}" if best else "-"),
         Text(str(trial.best_step) if best else "-"), Text(rewards if gold else accuracy),
         Text(verdict, style=_COLOURS.get(verdict, "")), Text(_SHORT.get(trial.state, trial.state)),
     ]
+
+
+def _beta(trial: TrialRecord) -> str:
+    """Not every loss has one: ORPO's weight is called lambda, SLiC's margin delta."""
+    beta = trial.config.loss_params.get("beta")
+    return "-" if beta is None else f"{beta:.3g}"
 
 
 def short_rate(rate: float) -> str:
@@ -172,7 +203,10 @@ class _EndLines:
         for trial in list(sweep.trials.values()):
             if trial.end_state is not None and trial.trial_id not in self._told:
                 self._told.add(trial.trial_id)
-                best = f"best gain {trial.score:.4f} at step {trial.best_step}" if trial.score >= 0 else "no valid score"
+                best = "no valid score"
+                if trial.score >= 0:
+                    objective = trial.config.evaluation.objective_name
+                    best = f"best {objective} {trial.score:.4f} at step {trial.best_step}"
                 line = f"{time.strftime('%H:%M:%S')} trial {trial.trial_id} {trial.config.label}: {trial.end_state}, {best}"
                 self._console.print(Text(f"{line}; {trial.reason}"), soft_wrap=True)
 
@@ -197,3 +231,38 @@ def make_console(*, stderr: bool = False) -> Console:
     return Console(file=stream, markup=False, highlight=False, soft_wrap=not stream.isatty())
 
 
+def judgement_table(judgement: Judgement) -> Table:
+    """Every finalist as the judge sees it, the strongest first."""
+    tournament = judgement.tournament
+    if tournament is None:
+        raise ValueError("a judgement without verdicts has no table")
+    title = f"{judgement.judge}: % of {tournament.prompts} prompts won against the reference, and strength above it"
+    table = Table(title=Text(f"{title}; 95 % intervals"), title_justify="left", box=SIMPLE)
+    for name in ("trial", "configuration", "% won", "strength", "score"):
+        left = name == "configuration"
+        table.add_column(name, justify="left" if left else "right", no_wrap=not left)
+    for row in tournament.competitors:
+        finalist = judgement.finalist(row.competitor)
+        wins = f"{100 * row.win_rate:.1f} ({100 * row.win_low:.0f} to {100 * row.win_high:.0f})"
+        known = row.strength_low is not None
+        bounds = f" ({row.strength_low:+.2f} to {row.strength_high:+.2f})" if known else ""
+        table.add_row(
+            row.competitor, Text(f"{finalist.label} @{finalist.step}{' baseline' if finalist.baseline else ''}"), wins,
+            f"{row.strength:+.2f}{bounds}", f"{finalist.score:.4f}",
+        )
+    return table
+
+
+def calibration_table(calibration: Calibration) -> Table:
+    """One row per measure: its rank correlation with the judge."""
+    title = f"Spearman's rank correlation with {calibration.truth}, {calibration.trials} trials, 95 % intervals"
+    table = Table(title=Text(title), title_justify="left", box=SIMPLE)
+    for name in ("measure", "at the best step", "at all evaluations"):
+        table.add_column(name, justify="left" if name == "measure" else "right")
+    for row in calibration.rows:
+        table.add_row(row.measure, _correlation(row.at_best), _correlation(row.pooled))
+    return table
+
+
+def _correlation(found: Correlation | None) -> str:
+    return "-" if found is None else f"{found.rho:+.2f} ({found.low:+.2f} to {found.high:+.2f}; n = {found.n})"

@@ -13,15 +13,24 @@ from prefopt_ray.report import answer_json, answer_lines, leaderboard
 def test_a_clear_winner_is_named_with_its_margin_over_the_baseline(tmp_path: Path) -> None:
     sweep = write_sweep(tmp_path, {"base": 0.2, "good": 1.0, "bad": 0.0})
     answer = find_answer(sweep)
-    assert answer.winner.trial_id == "good" and answer.beats_baseline
+    assert answer.winner.trial_id == "good" and answer.adapter_beats_baseline
     assert answer.over_baseline.low > 0 and not answer.alike
-    assert answer_lines(sweep, answer)[0].startswith("Best: ")
+    assert answer_lines(sweep, answer)[0].startswith("Best adapter: ")
+
+
+def test_with_one_seed_each_nothing_is_claimed_of_configurations(tmp_path: Path) -> None:
+    sweep = write_sweep(tmp_path, {"base": 0.2, "good": 1.0})
+    answer = find_answer(sweep)
+    assert not answer.beats_baseline
+    text = " ".join(answer_lines(sweep, answer))
+    assert "this adapter is better than the baseline's; one seed cannot say whether the configuration is" in text
+    assert answer_json(sweep, answer)["best"]["claim"] == "adapter"
 
 
 def test_equal_configurations_are_never_called_better(tmp_path: Path) -> None:
     sweep = write_sweep(tmp_path, {"base": 0.500, "twin": 0.502})
     answer = find_answer(sweep)
-    assert not answer.beats_baseline
+    assert not answer.adapter_beats_baseline
     assert {alike.trial.trial_id for alike in answer.alike} == {"base", "twin"} - {answer.winner.trial_id}
     assert answer_lines(sweep, answer)[0].startswith("Nothing")
 

@@ -6,7 +6,9 @@ from pathlib import Path
 
 import pytest
 
-from prefopt_ray.losses.cards import CARDS, LossCard, Range
+from prefopt_ray.losses.card_parts import EXPONENT_LIMIT
+from prefopt_ray.losses.cards import CARDS, LossCard, find_card
+from prefopt_ray.losses.compositions import ALIASES, DIVERGENCES, LINKABLE
 from prefopt_ray.measures.metrics import COLLAPSE_NATS, COLLAPSE_NATS_PER_TOKEN
 from prefopt_ray.measures.verdicts import Thresholds
 from prefopt_ray.spec.model import GOLD_DRIFT_LIMIT
@@ -15,23 +17,33 @@ from prefopt_ray.trial import GuardConfig
 GUIDES = Path(__file__).parents[1] / "docs" / "guides"
 LOSSES = (GUIDES / "losses.md").read_text()
 VERDICTS = (GUIDES / "reading-a-verdict.md").read_text()
+WIDELY_USED = ("What each one is", "Where to search")
+EXPERIMENTAL = ("Experimental losses", "Where to search the experimental ones")
 
 
-def test_both_loss_tables_have_every_card_once() -> None:
-    for section in ("What each one is", "Where to search"):
-        assert list(_table(LOSSES, section)) == list(CARDS)
+def test_every_card_is_once_among_its_own_kind_the_widely_used_first() -> None:
+    for experimental, sections in ((False, WIDELY_USED), (True, EXPERIMENTAL)):
+        names = [card.name for card in CARDS.values() if card.experimental == experimental]
+        for section in sections:
+            assert list(_table(LOSSES, section)) == names
+    assert LOSSES.index(f"## {WIDELY_USED[1]}") < LOSSES.index(f"## {EXPERIMENTAL[0]}")
 
 
 @pytest.mark.parametrize("card", CARDS.values(), ids=CARDS)
 def test_the_ranges_of_a_loss_are_its_card_s(card: LossCard) -> None:
-    beta, default, lora, full, start = _table(LOSSES, "Where to search")[card.name]
-    assert _range(beta) == (card.param("beta").usual.low, card.param("beta").usual.high)
-    assert float(default) == card.param("beta").default
-    assert _range(lora) == (card.learning_rate_lora.low, card.learning_rate_lora.high)
+    section = (EXPERIMENTAL if card.experimental else WIDELY_USED)[1]
+    beta, default, lora, full, start = _table(LOSSES, section)[card.name]
+    if "beta" in card.param_names:
+        assert _range(beta) == (card.param("beta").usual.low, card.param("beta").usual.high)
+        assert float(default) == card.param("beta").default
+    else:
+        assert (beta, default) == ("none", "-")
+    assert _range(lora) == pytest.approx((card.learning_rate_lora.low, card.learning_rate_lora.high))
     assert _range(full) == (card.learning_rate_full.low, card.learning_rate_full.high)
-    assert start == "measured" if card.loss_at_start is None else math.isclose(
-        float(start), card.loss_at_start({p.name: p.default for p in card.params}), abs_tol=1e-4
-    )
+    if card.loss_at_start is None:
+        assert start == "measured"
+    else:
+        assert math.isclose(float(start), card.loss_at_start(card.defaults), abs_tol=1e-4)
 
 
 @pytest.mark.parametrize("card", CARDS.values(), ids=CARDS)
@@ -40,13 +52,28 @@ def test_a_loss_is_listed_with_its_aliases(card: LossCard) -> None:
     assert [f"`{alias}`" in line for alias in card.aliases] == [True] * len(card.aliases)
 
 
-def test_other_parameters_have_the_values_the_text_gives() -> None:
-    for name in ("cdpo", "robust"):
-        smoothing = CARDS[name].param("label_smoothing")
-        assert (smoothing.default, smoothing.usual, smoothing.upper) == (0.1, Range(0.05, 0.3, log=False), 0.5)
-        assert not smoothing.searched
-    ratio = CARDS["simpo"].param("gamma_ratio")
-    assert (ratio.default, ratio.usual) == (0.5, Range(0.0, 1.0, log=False))
+def test_other_parameters_have_the_values_of_their_table() -> None:
+    written = _table(LOSSES, "Besides beta")
+    params = {f"{card.name}.{p.name}": p for card in CARDS.values() for p in card.params if p.name != "beta"}
+    assert list(written) == list(params)
+    for name, param in params.items():
+        default, usual, searched, meaning = written[name]
+        assert (float(default), *_range(usual)) == (param.default, param.usual.low, param.usual.high)
+        assert (searched == "yes", meaning) == (param.searched, param.meaning)
+
+
+def test_compositions_are_those_there_are() -> None:
+    text = LOSSES.split("## Compositions\n")[1].split("\n## ")[0]
+    tables = [[line for line in part.splitlines() if line.startswith("| `")] for part in text.split("**A mixture**")]
+    assert [line.split("`")[1] for line in tables[0]] == list(DIVERGENCES)
+    assert f"{', '.join(LINKABLE[:-1])} and {LINKABLE[-1]}" in " ".join(text.split())
+    assert f"Exponents are held at {EXPONENT_LIMIT:g}" in text
+    for line in tables[1]:
+        alias, full = line.split("`")[1:4:2]
+        card = find_card(alias)
+        weights = [param.default for param in card.params if param.name.endswith("_weight")]
+        assert full == card.name == ALIASES[alias] and [float(w) for w in line.split("|")[3].split(",")] == weights
+    assert [line.split("`")[1] for line in tables[1]] == list(ALIASES)
 
 
 def test_every_threshold_is_in_the_guide_with_its_value() -> None:
@@ -56,7 +83,10 @@ def test_every_threshold_is_in_the_guide_with_its_value() -> None:
 
 def test_guards_collapse_and_drift_are_as_written() -> None:
     guards = GuardConfig()
-    assert f"diverged: {guards.diverged}, overfit: {guards.overfit}, collapsed: flag" in VERDICTS
+    actions = {name: action for name, action in asdict(guards).items() if name != "drift_limit_per_token"}
+    assert f"diverged: {guards.diverged}, overfit: {guards.overfit}, collapsed: {guards.collapsed}" in VERDICTS
+    assert all(f"`{name}`" in VERDICTS for name in actions)
+    assert [name for name, action in actions.items() if action == "stop"] == ["diverged"]
     assert f"ln 1000 = {COLLAPSE_NATS:.1f} nats" in VERDICTS and COLLAPSE_NATS_PER_TOKEN == 1
     assert f"{guards.drift_limit_per_token:g} nats per token ({GOLD_DRIFT_LIMIT:g} for" in " ".join(VERDICTS.split())
 

@@ -51,13 +51,17 @@ def tiny_engine(model: PreTrainedModel | None = None) -> PlainEngine:
     return PlainEngine(model or tiny_llama(), plan=PLAN, pad_id=0, eos_ids=(2,))
 
 
-def referenced(engine: PlainEngine, data: SweepData) -> dict[str, ReferencedPairs]:
-    return reference_parts(engine, data, ReferenceKey("tiny", "float32", "sdpa", "cpu"), cache=None)
+def referenced(
+    engine: PlainEngine, data: SweepData, *, needs: frozenset[str] = frozenset()
+) -> dict[str, ReferencedPairs]:
+    return reference_parts(engine, data, ReferenceKey("tiny", "float32", "sdpa", "cpu"), cache=None, needs=needs)
 
 
-def tiny_worker(model: PreTrainedModel | None = None, data: SweepData | None = None) -> Worker:
+def tiny_worker(
+    model: PreTrainedModel | None = None, data: SweepData | None = None, *, needs: frozenset[str] = frozenset()
+) -> Worker:
     engine = tiny_engine(model)
-    parts = referenced(engine, data or random_data())
+    parts = referenced(engine, data or random_data(), needs=needs)
     return make_worker(engine, parts, decode=lambda ids: " ".join(map(str, ids)), probe_pairs=32, sample_prompts=16)
 
 

@@ -74,13 +74,23 @@ def build_gold_base(folder: Path, *, seed: int = 0, progress: Progress | None = 
     Runs on one CPU thread, whatever the caller's setting, so that the same seed gives the same bytes. `progress` is
     called after each step. The global RNG and the thread count are as before when it returns.
     """
+    with appearing_whole(folder) as building:
+        model = _train(RECIPE, seed, progress=progress or _no_progress)
+        model.save_pretrained(building)
+        gold_tokenizer().save_pretrained(building)
+
+
+@contextmanager
+def appearing_whole(folder: Path) -> Iterator[Path]:
+    """A temporary folder to write into; it becomes `folder` at once and complete, or not at all.
+
+    One that appeared meanwhile is kept and what was written is discarded: racing processes write the same.
+    """
     folder = Path(folder)
     folder.parent.mkdir(parents=True, exist_ok=True)
     building = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
     try:
-        model = _train(RECIPE, seed, progress=progress or _no_progress)
-        model.save_pretrained(building)
-        gold_tokenizer().save_pretrained(building)
+        yield building
         _publish(building, folder)
     finally:
         if building.exists():  # not when it was published

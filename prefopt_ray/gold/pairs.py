@@ -7,6 +7,7 @@ that does on its training pairs has memorised noise. Knows nothing of tokenised 
 import json
 import os
 import tempfile
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -51,6 +52,20 @@ def gold_rows(base: Path, *, split: str, pairs: int, seed: int = 0) -> list[Gold
     if not file.is_file():
         _write_whole(file, json.dumps(_draw_rows(Path(base), split=split, pairs=pairs, seed=seed)))
     return json.loads(file.read_text(encoding="utf-8"))
+
+
+def with_flipped_labels(rows: Sequence[GoldRow], share: float, *, seed: int = 0) -> list[GoldRow]:
+    """The rows with chosen and rejected turned around in round(share N) of them, whichever was truly better.
+
+    Noise on top of the labels' own: those are flips a Bradley-Terry rater makes, most where the rewards are close.
+    """
+    turned = np.random.default_rng(seed).permutation(len(rows))[: round(share * len(rows))]
+    out = [dict(row) for row in rows]
+    for index in turned:
+        for ending in ("", "_score"):
+            for side, other in (("chosen", "rejected"), ("rejected", "chosen")):
+                out[index][side + ending] = rows[index][other + ending]
+    return out
 
 
 def prompt_text(words: np.ndarray) -> str:

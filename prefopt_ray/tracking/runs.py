@@ -165,10 +165,11 @@ class SweepTracker:
         self._say_new(trial_id, tags={"end_state": RUNNING})
         self._say_status(trial_id, "RUNNING")
 
-    def rank(self, trial_ids_in_order: Sequence[str]) -> None:
-        """The metric `rank`, 1 = best; only ranks that changed are sent."""
-        for rank, trial_id in enumerate(trial_ids_in_order, start=1):
-            self._say_new(trial_id, summary={"rank": rank})
+    def rank(self, configurations_in_order: Sequence[Sequence[str]]) -> None:
+        """The metric `rank`, 1 = best, of every trial of a configuration; only ranks that changed are sent."""
+        for rank, trial_ids in enumerate(configurations_in_order, start=1):
+            for trial_id in trial_ids:
+                self._say_new(trial_id, summary={"rank": rank})
 
     def adapter(self, trial_id: str, folder: Path) -> None:
         """Upload an exported adapter as `adapter/`. The folder must stay until it is delivered."""
@@ -386,11 +387,16 @@ def _cell(value: str | float | None) -> str | float | None:
 
 
 def _verdict_tags(report: Report) -> dict[str, str]:
-    return {
-        "verdict": report.verdict.headline,
-        "verdict_at_best": report.verdict_at_best.headline,
-        "flags": ",".join(report.verdict.flags),
-    }
+    """The verdict now and at the best step, each with its flags, onset and evidence; `none` where there is no onset."""
+    tags = {}
+    for suffix, verdict in (("", report.verdict), ("_at_best", report.verdict_at_best)):
+        tags |= {
+            f"verdict{suffix}": verdict.headline,
+            f"flags{suffix}": ",".join(verdict.flags),
+            f"onset_step{suffix}": "none" if verdict.onset_step is None else str(verdict.onset_step),
+            f"evidence{suffix}": verdict.evidence,
+        }
+    return tags
 
 
 def _note(report: Report | None, end_state: EndState, reason: str) -> str:
@@ -403,7 +409,10 @@ def _note(report: Report | None, end_state: EndState, reason: str) -> str:
     if report.best_step >= 0:
         best = f"best gain {report.best_so_far:.4g} at step {report.best_step}"
     first = f"{report.verdict.headline}{onset}; {state} at step {report.step}; {best}"
-    return "\n\n".join(line for line in (first, reason, report.verdict.evidence) if line)
+    at_best = ""
+    if report.best_step >= 0 and report.verdict_at_best != report.verdict:
+        at_best = f"at step {report.best_step} {report.verdict_at_best.headline}: {report.verdict_at_best.evidence}"
+    return "\n\n".join(line for line in (first, reason, report.verdict.evidence, at_best) if line)
 
 
 def _source_tags(sweep_name: str) -> dict[str, str]:

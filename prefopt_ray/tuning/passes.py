@@ -4,7 +4,7 @@ The driver may have no accelerator, so it loads no model. Both tasks tell how fa
 """
 
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -36,7 +36,7 @@ def reference_pass(
         return replace(blueprint, parts=known)
     task = _reference_task.options(num_cpus=reserved["cpu"], num_gpus=reserved["gpu"])
     for reference in task.remote(blueprint, data, cache):
-        message = _value(reference)
+        message = task_value(reference)
         if isinstance(message, dict):
             return replace(blueprint, parts=message)
         progress(*message)
@@ -44,18 +44,18 @@ def reference_pass(
 
 
 def score_on_test(
-    blueprint: ray.ObjectRef, folder: Path, trials: list[TrialRecord], *, reserved: Reserved
+    blueprint: ray.ObjectRef, folder: Path, trials: list[TrialRecord], *, steps: Mapping[str, int], reserved: Reserved
 ) -> Iterator[tuple[str, str]]:
-    """Score each trial's best checkpoint on the test part and export it.
+    """Score each trial's checkpoint at its step (by trial id) on the test part and export it.
 
     Yields (trial id, "") when that is stored, or (trial id, why not) for a checkpoint that cannot be read.
     """
     task = _score_task.options(num_cpus=reserved["cpu"], num_gpus=reserved["gpu"])
-    for reference in task.remote(blueprint, folder, trials):
-        yield _value(reference)
+    for reference in task.remote(blueprint, folder, trials, steps):
+        yield task_value(reference)
 
 
-def _value(reference: ray.ObjectRef) -> Any:
+def task_value(reference: ray.ObjectRef) -> Any:
     """What a task gave; an error that a person should read arrives as itself, not wrapped in Ray's traceback."""
     try:
         return ray.get(reference)
@@ -91,13 +91,15 @@ def _reference_task(
 
 
 @ray.remote(num_returns="streaming", max_retries=0)
-def _score_task(blueprint: WorkerBlueprint, folder: Path, trials: list[TrialRecord]) -> Iterator[tuple[str, str]]:
+def _score_task(
+    blueprint: WorkerBlueprint, folder: Path, trials: list[TrialRecord], steps: Mapping[str, int]
+) -> Iterator[tuple[str, str]]:
     worker = blueprint()
     test = worker.parts["test"]
     for rank, trial in enumerate(trials):
-        home = folder / "trials" / trial.trial_id
+        home, step = folder / "trials" / trial.trial_id, steps[trial.trial_id]
         try:
-            load_best(trial.config, worker, home, best_step=trial.best_step)
+            load_best(trial.config, worker, home, best_step=step)
         except CheckpointError as error:
             yield trial.trial_id, str(error)
             continue
@@ -106,6 +108,6 @@ def _score_task(blueprint: WorkerBlueprint, folder: Path, trials: list[TrialReco
         elif rank == 0:  # whole models are large: the first finalist's only, complete with its tokenizer
             load_tokenizer(blueprint.model).save_pretrained(export(trial.config, worker, home))
         stored = EvaluationLog.of_parts({"test": test})
-        stored.add("test", trial.best_step, worker.engine.score(0, test.tokens))
+        stored.add("test", step, worker.engine.score(0, test.tokens))
         stored.save(home / TEST_FILE)
         yield trial.trial_id, ""

@@ -10,6 +10,7 @@ import secrets
 import shutil
 import threading
 from dataclasses import asdict, replace
+from functools import cache
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -17,19 +18,23 @@ import ray
 from ray import tune
 
 from prefopt_ray import __version__
-from prefopt_ray.answer import Answer, find_answer, finalists, trial_folder
+from prefopt_ray.answer import Answer, find_answer, finalists, require_known_losses, to_confirm, trial_folder
+from prefopt_ray.configurations import configuration_of, configurations
 from prefopt_ray.engine.reference import Progress
 from prefopt_ray.errors import InputError, Problem, SweepError
+from prefopt_ray.judgement import Judgement
+from prefopt_ray.judges.opening import check_judge
 from prefopt_ray.ledger import FORMAT, LEDGER_FILE, Ledger, SweepRecord, clear_stop, read_sweep, request_stop, stop_requested
-from prefopt_ray.prepare import Prepared, cache_folder, prepare
+from prefopt_ray.prepare import Prepared, WorkerBlueprint, cache_folder, prepare
 from prefopt_ray.report import answer_lines, leaderboard
-from prefopt_ray.spec import SweepSpec, dump_spec, load_spec
+from prefopt_ray.spec import SweepSpec, confirmed_spec, dump_spec, load_spec
 from prefopt_ray.spec.sections import DEFAULT_PRESET, PRESETS, SchedulerSpec
 from prefopt_ray.tracking.delivery import TrackingSettings
 from prefopt_ray.tracking.operations import DatasetInfo
 from prefopt_ray.tracking.runs import SweepIdentity, SweepSummary, SweepTracker, tracking_uri
 from prefopt_ray.trial import TrialConfig
-from prefopt_ray.tuning.driver import MAX_PROCESS_DEATHS, SweepDriver
+from prefopt_ray.tuning.driver import MAX_PROCESS_DEATHS, ConfirmRun, Replicas, SweepDriver
+from prefopt_ray.tuning.judging import Ground, Question, judge_at_end, judge_sweep
 from prefopt_ray.tuning.passes import reference_pass, score_on_test
 from prefopt_ray.tuning.resources import refuse_impossible, slots, start_ray, trial_resources
 from prefopt_ray.tuning.rungs import FixedStops, NoStops, StopRule, SuccessiveHalving
@@ -64,6 +69,8 @@ class Observer(Protocol):
 def run_sweep(spec: SweepSpec, observer: Observer) -> SweepRecord:
     """Run a new sweep to its answer, or until Ctrl-C (then some trials are paused)."""
     refuse_impossible(spec)
+    if spec.judge is not None:
+        check_judge(spec.judge)  # a wrong key should cost a second, not the night before it
     prepared = prepare(spec, stage=observer.stage, device="cpu", threads=spec.resources.cpus_per_trial)
     spec = prepared.spec
     sweep_id = secrets.token_hex(4)
@@ -88,37 +95,58 @@ def resume_sweep(folder: Path, observer: Observer) -> SweepRecord:
     """Continue a sweep from its ledger. Finished trials are not run again. Raises SweepError when the data changed."""
     ledger = Ledger(folder / LEDGER_FILE)  # first: nobody else may be driving this sweep
     sweep = read_sweep(folder)
+    require_known_losses(sweep)
     spec = load_spec(folder / SPEC)
     refuse_impossible(spec)
+    if spec.judge is not None:
+        check_judge(spec.judge)
     prepared = prepare(spec, stage=observer.stage, device="cpu", threads=spec.resources.cpus_per_trial)
     _require_same(sweep, spec, prepared)
     clear_stop(folder)
     return _session(spec, prepared, sweep, ledger=ledger, observer=observer)
 
 
+def judge_again(folder: Path, question: Question, observer: Observer) -> Judgement:
+    """Judge the saved checkpoints of a sweep; its ledger stays as it is. Raises JudgeError.
+
+    The model is only opened for completions that are not stored yet.
+    """
+    sweep = read_sweep(folder)
+    require_known_losses(sweep)
+    spec = load_spec(folder / SPEC)
+
+    @cache
+    def ground() -> Ground:
+        refuse_impossible(spec)
+        prepared = prepare(spec, stage=observer.stage, device="cpu", threads=spec.resources.cpus_per_trial)
+        _require_same(sweep, spec, prepared)
+        start_ray()
+        blueprint, reserved = _open_blueprint(spec, prepared, observer)
+        return Ground(ray.put(blueprint), prepared, reserved)
+
+    if question.judge is not None:
+        check_judge(question.judge)
+    return judge_sweep(sweep, spec, question, ground=ground, stage=observer.stage)
+
+
 def _session(
     spec: SweepSpec, prepared: Prepared, sweep: SweepRecord, *, ledger: Ledger, observer: Observer
 ) -> SweepRecord:
     start_ray()
-    reserved = trial_resources(spec)
-    device = "cuda" if reserved["gpu"] > 0 else "cpu"
-    blueprint = replace(prepared.blueprint, device=device)
-    blueprint = reference_pass(
-        blueprint, prepared.loaded.data, cache=cache_folder(spec) / "reference", reserved=reserved,
-        progress=observer.stage("reference pass"),
-    )
+    blueprint, reserved = _open_blueprint(spec, prepared, observer)
     tracker = _tracker(spec, sweep, ledger)
     tracker.start(dump_spec(spec), spec.to_dict(), _datasets(prepared))
     waits_s = DELIVERY_S
     try:
         driver = _driver(spec, prepared, sweep, ledger=ledger, tracker=tracker)
-        observer.started(sweep, spec, list(prepared.loaded.warnings))
+        observer.started(sweep, spec, list(prepared.warnings))
         shared = ray.put(blueprint)  # once per node
         _run_trials(shared, driver, spec, reserved=reserved, observer=observer)
         if stop_requested(sweep.folder):
             tracker.paused()
         else:
-            _finish(shared, sweep, ledger=ledger, tracker=tracker, reserved=reserved, observer=observer)
+            ground = Ground(shared, prepared, reserved)
+            _finish(ground, sweep, spec, ledger=ledger, tracker=tracker, observer=observer)
     except KeyboardInterrupt:  # after the trials, or the second one: what is on disk is kept and resumed from
         tracker.paused()
         waits_s = INTERRUPTED_DELIVERY_S
@@ -128,6 +156,19 @@ def _session(
     if undelivered:
         log.warning("%d tracking operations are not delivered yet; they are kept and sent by `prefopt resume`", undelivered)
     return sweep
+
+
+def _open_blueprint(
+    spec: SweepSpec, prepared: Prepared, observer: Observer
+) -> tuple[WorkerBlueprint, dict[str, float]]:
+    """The blueprint of a worker where trials run, with the reference, and what each trial reserves."""
+    reserved = trial_resources(spec)
+    blueprint = replace(prepared.blueprint, device="cuda" if reserved["gpu"] > 0 else "cpu")
+    opened = reference_pass(
+        blueprint, prepared.loaded.data, cache=cache_folder(spec) / "reference", reserved=reserved,
+        progress=observer.stage("reference pass"),
+    )
+    return opened, reserved
 
 
 # -- trials ----------------------------------------------------------------------------------------
@@ -167,9 +208,12 @@ def _run_trials(
     _watch(done, driver.sweep, observer=observer)
     if failure:
         raise failure[0]
-    for trial in driver.sweep.trials.values():
-        if trial.end_state is None and not trial.paused and not stop_requested(driver.sweep.folder):
-            driver.failed(trial.trial_id, "its worker process could not be started or was lost")
+    for trial in list(driver.sweep.trials.values()):
+        if trial.end_state is None and not trial.paused:
+            if not stop_requested(driver.sweep.folder):
+                driver.failed(trial.trial_id, "its worker process could not be started or was lost")
+            else:  # between two orders: at a rung, where it waited for other seeds
+                driver.paused(trial.trial_id)
 
 
 def _watch(done: threading.Event, sweep: SweepRecord, *, observer: Observer) -> None:
@@ -191,14 +235,33 @@ def _watch(done: threading.Event, sweep: SweepRecord, *, observer: Observer) -> 
 def _driver(
     spec: SweepSpec, prepared: Prepared, sweep: SweepRecord, *, ledger: Ledger, tracker: SweepTracker
 ) -> SweepDriver:
-    def make_config(point: Point) -> TrialConfig:
-        return prepared.trial_config(point.loss, point.values)
+    total_steps = spec.total_steps(prepared.train_pairs)
+
+    def make_config(point: Point, seed: int) -> TrialConfig:
+        return replace(prepared.trial_config(point.loss, point.values), seed=seed)
+
+    def plan(record: SweepRecord) -> list[ConfirmRun]:
+        return confirm_runs(spec, prepared, record)
 
     return SweepDriver(
         sweep, ledger=ledger, tracker=tracker, proposer=make_proposer(spec, sweep),
-        rule=make_rule(spec, total_steps=spec.total_steps(prepared.train_pairs)), make_config=make_config,
+        rule=make_rule(spec, total_steps=total_steps), make_config=make_config,
+        replicas=Replicas(spec.seeds, spec.replicates_from(total_steps)),
         within_loss=spec.scheduler.within == "loss", stopping=lambda: stop_requested(sweep.folder),
+        plan_confirmation=plan if spec.confirm is not None else None,
     )
+
+
+def confirm_runs(spec: SweepSpec, prepared: Prepared, sweep: SweepRecord) -> list[ConfirmRun]:
+    """Every run of the confirmation of a sweep whose search is over, the best configuration's first."""
+    assert spec.confirm is not None
+    runs = []
+    for searched in to_confirm(sweep, top=spec.confirm.top):
+        for seed in spec.confirm.seeds:
+            point = confirmed_spec(spec, searched.config, length=searched.best_step, seed=seed)
+            config = replace(prepared, spec=point).trial_config(searched.config.loss, searched.first.values)
+            runs.append(ConfirmRun(searched, config))
+    return runs
 
 
 def make_proposer(spec: SweepSpec, sweep: SweepRecord) -> Proposer:
@@ -207,7 +270,7 @@ def make_proposer(spec: SweepSpec, sweep: SweepRecord) -> Proposer:
     baseline = Point(loss, values, baseline=True)
     search = spec.search
     if search.method == "tpe":
-        earlier = [Point(t.config.loss, t.values, baseline=t.baseline) for t in sweep.trials.values()]
+        earlier = [Point(c.config.loss, c.first.values, baseline=c.first.baseline) for c in configurations(sweep)]
         return Tpe(
             spec.loss_spaces(), trials_per_loss=search.trials_per_loss, seed=search.seed, baseline=baseline,
             earlier=earlier,
@@ -216,7 +279,7 @@ def make_proposer(spec: SweepSpec, sweep: SweepRecord) -> Proposer:
         spec.loss_spaces(), method=search.method, trials_per_loss=search.trials_per_loss or 0, seed=search.seed,
         baseline=baseline,
     )
-    return Listed(points, done=len(sweep.trials))
+    return Listed(points, done=len(configurations(sweep)))
 
 
 def make_rule(spec: SweepSpec, *, total_steps: int) -> StopRule:
@@ -236,29 +299,30 @@ def _keep_one_in(scheduler: SchedulerSpec) -> int:
 
 
 def _finish(
-    blueprint: ray.ObjectRef, sweep: SweepRecord, *, ledger: Ledger, tracker: SweepTracker,
-    reserved: dict[str, float], observer: Observer,
+    ground: Ground, sweep: SweepRecord, spec: SweepSpec, *, ledger: Ledger, tracker: SweepTracker, observer: Observer,
 ) -> None:
-    """Score the finalists once on test, export their adapters, rank, and write the answer."""
+    """Score the finalists once on test, export their adapters, have them judged, rank, and write the answer."""
     chosen = finalists(sweep)
     todo = [t for t in chosen if t.trial_id not in sweep.tested]
     if todo:
         progress = observer.stage("test part")
-        scored = score_on_test(blueprint, sweep.folder, todo, reserved=reserved)
+        steps = {trial.trial_id: configuration_of(sweep, trial).best_step for trial in todo}
+        scored = score_on_test(ground.blueprint, sweep.folder, todo, steps=steps, reserved=ground.reserved)
         for number, (trial_id, problem) in enumerate(scored, start=1):
             if problem:
                 sweep.untested[trial_id] = problem
                 ledger.append("untested", trial=trial_id, reason=problem)
             else:
-                sweep.tested[trial_id] = sweep.trials[trial_id].best_step
+                sweep.tested[trial_id] = steps[trial_id]
                 ledger.append("tested", trial=trial_id, step=sweep.tested[trial_id])
             progress(number, len(todo))
     for trial in chosen:
         adapter = trial_folder(sweep, trial) / "adapter"
         if adapter.is_dir():
             tracker.adapter(trial.trial_id, adapter)
+    judge_at_end(sweep, spec, ground=ground, stage=observer.stage)
     answer = find_answer(sweep)
-    tracker.rank([s.trial.trial_id for s in answer.standings])
+    tracker.rank([[trial.trial_id for trial in s.configuration.trials] for s in answer.standings])
     tracker.finish(_summary(sweep, answer))
     ledger.append("finished")
     sweep.finished = True
@@ -303,7 +367,7 @@ def _facts(prepared: Prepared) -> dict[str, Any]:
         "weights": prepared.blueprint.weights,
         "reference_weights": prepared.blueprint.reference_weights,
         "merged_adapters": list(prepared.blueprint.model.adapters),
-        "warnings": list(loaded.warnings),
+        "warnings": list(prepared.warnings),
         "total_tokens": {name: int(part.longest.sum()) for name, part in loaded.data.parts.items()},
     }
 

@@ -16,17 +16,22 @@ from prefopt_ray.ledger import Decision
 
 @dataclass(frozen=True)
 class Arrival:
-    """A trial at an evaluation. `value` is its best gain so far; higher is better and it is finite."""
+    """A configuration at an evaluation. `value` is its best (mean) gain so far; higher is better and it is finite."""
 
-    trial_id: str
-    number: int
-    group: str  # trials are compared within a group: the loss, or the whole sweep
+    trial_id: str  # of its first seed
+    number: int  # of the configuration, 0 = the baseline
+    group: str  # configurations are compared within a group: the loss, or the whole sweep
     step: int
     value: float
     protected: bool  # the baseline is recorded and never stopped
 
 
 class StopRule(Protocol):
+    @property
+    def rungs(self) -> tuple[int, ...]:
+        """Steps where a value decides: there, the seeds of a configuration wait for each other."""
+        ...
+
     def decide(self, arrival: Arrival) -> Decision | None:
         """A decision if the step is a rung, otherwise None."""
         ...
@@ -40,6 +45,8 @@ class StopRule(Protocol):
 class NoStops:
     """Every trial runs to its end."""
 
+    rungs: tuple[int, ...] = ()
+
     def decide(self, arrival: Arrival) -> Decision | None:
         return None
 
@@ -49,9 +56,10 @@ class NoStops:
 
 @dataclass
 class FixedStops:
-    """Given stop steps, for comparisons: trial number -> step."""
+    """Given stop steps, for comparisons: configuration number -> step."""
 
     steps: Mapping[int, int]
+    rungs: tuple[int, ...] = ()  # no value decides
 
     def decide(self, arrival: Arrival) -> Decision | None:
         stop = self.steps.get(arrival.number)

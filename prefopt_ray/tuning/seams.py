@@ -22,9 +22,11 @@ class DriverSearcher(Searcher):
         super().__init__(metric=None, mode=None)
         self._driver = driver
 
-    def suggest(self, trial_id: str) -> dict[str, Any] | str:
+    def suggest(self, trial_id: str) -> dict[str, Any] | str | None:
         order = self._driver.next_order()
-        return order.ray_config() if order else Searcher.FINISHED
+        if order is None:
+            return None if self._driver.more_may_come else Searcher.FINISHED
+        return order.ray_config()
 
     def on_trial_complete(self, trial_id: str, result: dict[str, Any] | None = None, error: bool = False) -> None:
         """Nothing: the scheduler hears of every end."""
@@ -58,6 +60,7 @@ class DriverScheduler(FIFOScheduler):
         elif result.get("paused"):
             self._driver.paused(trial_id)
         elif result.get("report") is not None:
+            self._driver.placed(trial_id, json.loads(result["placement"]))
             self._driver.take(trial_id, result["report"])
 
     def __reduce__(self) -> tuple[type, tuple]:

@@ -28,7 +28,8 @@ log = logging.getLogger(__name__)
 
 
 class PreferenceTrainable(tune.Trainable):
-    """One trial. `config` holds `trial_id`, `trial` (TrialConfig.to_dict()) and `folder`, or None for no files.
+    """One trial. `config` holds `trial_id`, `trial` (TrialConfig.to_dict()) and `folder`, or None for no files;
+    at its evaluations of the steps in `holds`, if given, it leaves its process to others until it is ordered again.
 
     A result is {"report": Report | None, "placement": JSON, "paused": bool, "failure": str, "done": bool} and,
     for Ray's own schedulers, searchers, loggers and tables, flat values of the newest report: the finite numbers
@@ -58,7 +59,10 @@ class PreferenceTrainable(tune.Trainable):
             if _is_device_error(error):
                 raise
             return self._result(failure=self._record_failure())
-        return self._result(report)
+        held = report.step in self._holds and report.end_state is None
+        if held:
+            self._reports.close()  # it is checkpointed; another process may be the one that continues it
+        return self._result(report, held=held)
 
     def save_checkpoint(self, checkpoint_dir: str) -> None:
         """Nothing: trials keep their own checkpoints, in their own folder."""
@@ -72,6 +76,7 @@ class PreferenceTrainable(tune.Trainable):
     def _start(self, config: dict[str, Any]) -> None:
         folder = config.get("folder")
         self._folder = Path(folder) if folder else None
+        self._holds = frozenset(config.get("holds", ()))
         self._next_poll, self._stop = 0.0, False
         self._last: Report | None = None
         self._reports: Iterator[Report] = train(
@@ -93,7 +98,9 @@ class PreferenceTrainable(tune.Trainable):
             (self._folder / "error.txt").write_text(text)
         return text.strip().splitlines()[-1]
 
-    def _result(self, report: Report | None = None, *, paused: bool = False, failure: str = "") -> dict[str, Any]:
+    def _result(
+        self, report: Report | None = None, *, held: bool = False, paused: bool = False, failure: str = ""
+    ) -> dict[str, Any]:
         """`report` is the new one, if any; the numbers are of the newest there is, so that they never go missing."""
         last = self._last
         ended = report is not None and report.end_state is not None
@@ -102,7 +109,7 @@ class PreferenceTrainable(tune.Trainable):
             "placement": json.dumps(self._placement),
             "paused": paused,
             "failure": failure,
-            "done": bool(ended or paused or failure),
+            "done": bool(ended or held or paused or failure),
             "step": last.step if last else 0,
             "objective/current": last.objective if last and not failure else WORST,
             "objective/best_so_far": last.best_so_far if last else WORST,

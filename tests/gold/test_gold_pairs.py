@@ -5,9 +5,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from prefopt_ray.errors import DataError
-from prefopt_ray.gold.pairs import SPLITS, gold_rows
+from prefopt_ray.errors import DataError, SpecError
+from prefopt_ray.gold.pairs import SPLITS, gold_rows, with_flipped_labels
 from prefopt_ray.gold.scorer import GoldScorer
+from prefopt_ray.spec import SweepSpec
 from prefopt_ray.train.scorers import Completion
 
 PAIRS = 1000
@@ -85,3 +86,31 @@ def test_rows_are_read_back_from_the_cache_and_drawn_the_same_without_it(rows, g
 def test_impossible_requests_name_what_is_possible(gold_base: Path, split: str, pairs: int, says: str):
     with pytest.raises(DataError, match=says):
         gold_rows(gold_base, split=split, pairs=pairs)
+
+
+def test_flipped_labels_turn_around_exactly_the_share_asked_for(rows):
+    flipped = with_flipped_labels(rows["train"], 0.2)
+    swap = {"chosen": "rejected", "chosen_score": "rejected_score"}
+    swap |= {value: key for key, value in swap.items()}
+    turned = [new != old for new, old in zip(flipped, rows["train"])]
+    assert sum(turned) == PAIRS // 5
+    for new, old, was_turned in zip(flipped, rows["train"], turned):
+        assert all(new[key] == old[swap.get(key, key) if was_turned else key] for key in old)
+    assert with_flipped_labels(rows["train"], 0.2) == flipped
+    # Noise that does not look at the reward: agreement moves from a to a + .2 - .4 a.
+    agreement = np.mean([row["chosen_score"] > row["rejected_score"] for row in rows["train"]])
+    after = np.mean([row["chosen_score"] > row["rejected_score"] for row in flipped])
+    assert after == pytest.approx(agreement + 0.2 - 0.4 * agreement, abs=0.03)
+
+
+def test_only_gold_train_labels_can_be_flipped(tmp_path: Path):
+    written = {
+        "name": "noise", "model": {"policy": "gold", "dtype": "float32"}, "training": {"steps": 10},
+        "search": {"trials_per_loss": 2, "losses": {"sigmoid": {}}}, "storage": str(tmp_path),
+        "data": {"train": {"source": "gold", "pairs": 100, "flipped": 0.2}, "select": {"pairs": 50}},
+    }
+    assert SweepSpec.from_dict(written).data.train.flipped == 0.2
+    for part in ("select", "train"):
+        source = {"source": "pairs.jsonl"} if part == "train" else {"pairs": 50}
+        with pytest.raises(SpecError, match="gold train pairs"):
+            SweepSpec.from_dict({**written, "data": {**written["data"], part: {**source, "flipped": 0.2}}})

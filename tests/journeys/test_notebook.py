@@ -86,7 +86,7 @@ def test_the_loop_and_the_search_agree_to_the_last_bit(told: dict) -> None:
 
 def test_the_text_is_right_that_this_trial_goes_wrong(told: dict) -> None:
     (row,) = (row for row in told["table"] if (row["beta"], row["learning rate"]) == (0.1, 1e-3))
-    assert row["verdict at the end"] in ("collapsed_rejected", "overfit")
+    assert row["verdict at the end"] in ("broken", "overfit", "over_optimised", "collapsed_rejected")
     assert row["at step"] < 100
     assert row["gold reward at the end"] < 0.5  # it begins at .9; one mean over 128 samples is good to .13
 

@@ -8,6 +8,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -15,7 +16,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from mlflow import MlflowClient
 from mlflow.utils.validation import _validate_metric_name
-from tracking.tracking_cases import HEALTHY, report, runs, steps, trial_config
+from tracking.tracking_cases import report, runs, steps, trial_config
 
 from prefopt_ray.tracking.delivery import TrackingSettings, artifact_location
 from prefopt_ray.tracking.journal import Journal
@@ -247,9 +248,9 @@ def test_ranks_are_sent_when_they_change_and_sort_the_trials(open_tracker: OpenT
     tracker.start("", {}, [])
     for number in range(3):
         tracker.trial_started(f"t{number}", trial_config(), number=number)
-    tracker.rank(["t0", "t1", "t2"])
-    tracker.rank(["t0", "t2", "t1"])
-    tracker.rank(["t0", "t2", "t1"])
+    tracker.rank([["t0"], ["t1"], ["t2"]])
+    tracker.rank([["t0"], ["t2"], ["t1"]])
+    tracker.rank([["t0"], ["t2"], ["t1"]])
     assert tracker.close(60) == 0
     found = runs(uri)
     assert {key: run.data.metrics.get("rank") for key, run in found.items()} == {
@@ -442,9 +443,9 @@ def test_the_first_line_of_a_description_is_the_verdict_in_plain_text(open_track
     tracker.start("", {}, [])
     tracker.trial_started("t0", trial_config(), number=0)
     tracker.trial_started("t1", trial_config(), number=1)
-    overfit = Verdict("overfit", flags=("displaced",), onset_step=20, evidence="gain fell by 0.03 from step 20")
-    last = report(30)
-    last = type(last)(**{**vars(last), "verdict": overfit, "best_step": 10})
+    overfit = Verdict("overfit", ("overfit", "drift_limit"), onset_step=20, evidence="gain fell by 0.03 from step 20")
+    healthy = Verdict("healthy", evidence="gain 0.1")
+    last = replace(report(30), verdict=overfit, verdict_at_best=healthy, best_step=10)
     tracker.trial_ended("t0", last, EndState.STOPPED_OVERFIT, reason="the overfit guard", headline={})
     tracker.trial_ended("t1", None, EndState.FAILED, reason="the tokenizer is broken", headline={})
     assert tracker.close(60) == 0
@@ -453,8 +454,14 @@ def test_the_first_line_of_a_description_is_the_verdict_in_plain_text(open_track
         "overfit from step 20; stopped overfit at step 30; best gain 0.1 at step 10",
         "the overfit guard",
         "gain fell by 0.03 from step 20",
+        "at step 10 healthy: gain 0.1",
     ]
-    assert found["t0"].data.tags["verdict_at_best"] == HEALTHY.headline
+    verdicts = {
+        "verdict": "overfit", "flags": "overfit,drift_limit", "onset_step": "20",
+        "evidence": "gain fell by 0.03 from step 20",
+        "verdict_at_best": "healthy", "flags_at_best": "", "onset_step_at_best": "none", "evidence_at_best": "gain 0.1",
+    }
+    assert verdicts.items() <= found["t0"].data.tags.items()
     assert found["t1"].data.tags["mlflow.note.content"].split("\n\n") == [
         "failed before its first evaluation",
         "the tokenizer is broken",

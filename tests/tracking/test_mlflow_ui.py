@@ -125,7 +125,7 @@ def test_both_links_show_this_sweeps_trials_in_rank_order(
     for number in range(len(order)):
         tracker.trial_started(f"t{number}", trial_config(beta=0.01 * (number + 1)), number=number)
         tracker.trial_ended(f"t{number}", report(10), EndState.COMPLETED, reason="", headline={"score": 0.1})
-    tracker.rank([f"t{number}" for number in order])
+    tracker.rank([[f"t{number}"] for number in order])
     assert tracker.close(60) == 0
     experiment = MlflowClient(mlflow_server.url).get_experiment_by_name("seen")
     with serve_ui(mlflow_server.url, None, experiment="seen", sweep_id="s1") as saved_view:

@@ -1,16 +1,18 @@
 """The driver without a cluster: what it writes down, what it decides, and that a replay decides the same."""
 
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 from sweep_folder import VERDICT, report
 from tiny import trial_config
 
+from prefopt_ray.configurations import configurations
 from prefopt_ray.ledger import Ledger, SweepRecord, read_events, read_sweep
 from prefopt_ray.tracking.delivery import TrackingSettings
 from prefopt_ray.tracking.runs import SweepIdentity, SweepTracker
 from prefopt_ray.trial import EndState, Report
-from prefopt_ray.tuning.driver import SweepDriver
+from prefopt_ray.tuning.driver import ConfirmRun, Replicas, SweepDriver
 from prefopt_ray.tuning.rungs import SuccessiveHalving
 from prefopt_ray.tuning.search import Listed, Point
 
@@ -20,7 +22,10 @@ POINTS = [Point("sigmoid", {"beta": beta, "learning_rate": 1e-3}, baseline=beta 
 class Session:
     """A driver over a sweep folder, as one run or one resume has it. The tracker's server is never reached."""
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(
+        self, folder: Path, *, replicas: Replicas = Replicas((0,)), rungs: tuple[int, ...] = (2,),
+        plan: Callable[[SweepRecord], list[ConfirmRun]] | None = None,
+    ) -> None:
         path = folder / "ledger.jsonl"
         new = not path.exists()
         self.ledger = Ledger(path)
@@ -30,9 +35,10 @@ class Session:
         settings = TrackingSettings("http://127.0.0.1:9", "made")  # the journal keeps everything meanwhile
         self.tracker = SweepTracker(settings, SweepIdentity("cafe", "made", folder), on_run_created=lambda *_: None)
         self.driver = SweepDriver(
-            sweep, ledger=self.ledger, tracker=self.tracker, proposer=Listed(POINTS, done=len(sweep.trials)),
-            rule=SuccessiveHalving((2,), 2), within_loss=True, stopping=lambda: False,
-            make_config=lambda point: trial_config(params={"beta": point.values["beta"]}),
+            sweep, ledger=self.ledger, tracker=self.tracker, proposer=Listed(POINTS, done=len(configurations(sweep))),
+            rule=SuccessiveHalving(rungs, 2), within_loss=True, stopping=lambda: False,
+            make_config=lambda point, seed: trial_config(params={"beta": point.values["beta"]}, seed=seed),
+            replicas=replicas, plan_confirmation=plan,
         )
 
     def close(self) -> None:

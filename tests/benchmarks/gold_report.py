@@ -1,0 +1,162 @@
+"""The table as markdown: one function per part, each from recorded trials alone. Trains nothing."""
+
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+
+import numpy as np
+
+from benchmarks.gold_null import DESIGNS, SELECT_PAIRS, TEST_PAIRS, Design, claim_interval, null_sweeps
+from benchmarks.gold_ranks import BUDGET_STEPS, Correlation, rank_table, regrets
+from benchmarks.gold_trials import RecordedTrial, read_trials
+from benchmarks.gold_verdicts import Judged, Share, judged, precision, recall
+from prefopt_ray.thresholds import Thresholds
+
+CHOSEN_ON = 0  # the seed that thresholds were chosen on; the others were judged once they were committed
+NULL_SWEEPS = 200  # of each design
+
+
+def whole_report(out: Path) -> str:
+    """Every part, with a line on what was recorded."""
+    trials = table_trials(out)
+    seeds = sorted({trial.seed for trial in trials})
+    head = (
+        "# The gold table\n\n"
+        "Made by `python tests/benchmarks/gold_table.py run --seeds 0 1 2 --null 40 --out DIR` and "
+        "`python tests/benchmarks/gold_table.py report DIR`.\n\n"
+        f"{len(trials)} trials of the embedded gold task on seeds {', '.join(map(str, seeds))}. A seed gives its own "
+        "pairs (training, select, and their noisy labels), data order, adapter initialisation and sampling noise; the "
+        "base model is the same for all. 1000 training pairs, 320 steps of 64 pairs, evaluated ten times on 2000 "
+        "select pairs and on one sample for each of 512 prompts. Nothing is stopped; guards only flag.\n"
+    )
+    return "\n".join([
+        head, "## Verdicts against the gold reward\n", verdict_part(trials), "## What ranks trials\n", rank_part(trials),
+        "## Claims when nothing is better\n", null_part(out), "## Every trial\n", trial_part(trials),
+    ])
+
+
+def table_trials(out: Path) -> list[RecordedTrial]:
+    return read_trials(out, names="seed?-*")
+
+
+def trial_part(trials: Sequence[RecordedTrial]) -> str:
+    """One line per trial: truth on the left, verdict on the right."""
+    head = ("trial", "gold at start, peak @ step, end", "fell, of its SE", "verdict", "flags", "onset",
+            "KL per token", "best gain @ step, end", "")
+    return _table(head, (_trial_row(_judge(trial)) for trial in trials))
+
+
+def verdict_part(trials: Sequence[RecordedTrial]) -> str:
+    """Precision and recall by seed group, then the trials that were judged wrongly."""
+    found = [_judge(trial) for trial in trials]
+    groups = {
+        f"seed {CHOSEN_ON} (thresholds chosen here)": [j for j in found if j.trial.seed == CHOSEN_ON],
+        "held-out seeds": [j for j in found if j.trial.seed != CHOSEN_ON],
+        "  of these LoRA": [j for j in found if j.trial.seed != CHOSEN_ON and j.trial.config.adapter.kind == "lora"],
+        "  of these full fine-tuning":
+            [j for j in found if j.trial.seed != CHOSEN_ON and j.trial.config.adapter.kind == "none"],
+    }
+    rows = [
+        (name, str(len(group)), *(str(sum(j.label.fell is kind for j in group)) for kind in (True, False, None)),
+         str(precision(group)), str(recall(group)))
+        for name, group in groups.items() if group
+    ]
+    head = ("trials", "n", "gold fell", "kept", "not counted", "precision", "recall")
+    wrong = [j for j in found if j.kind in ("false alarm", "missed")]
+    return "\n".join([
+        "Positive: a headline of diverged, broken, memorised, overfit or collapsed_rejected, judged without any gold "
+        "score. Truth: the gold reward at the end is more than two paired standard errors below its peak, the peak "
+        "chosen on half of the prompts and the drop measured on the other half; drops of one to two are not counted. "
+        "In brackets Wilson's 95 % interval.\n",
+        _table(head, rows), "Judged wrongly:\n", _table(("trial", "", "gold", "verdict"), map(_wrong_row, wrong)),
+    ])
+
+
+def rank_part(trials: Sequence[RecordedTrial]) -> str:
+    """Spearman with the gold reward at four lengths on the held-out seeds, the lead over the objective, regret."""
+    held_out = [trial for trial in trials if trial.seed != CHOSEN_ON]
+    tables = {percent: rank_table(held_out, step=step) for percent, step in BUDGET_STEPS.items()}
+    lost = regrets(held_out)
+    rows = [
+        (name, *(_rho(tables[percent][name]) for percent in BUDGET_STEPS),
+         f"{lost[name]:.2f}", *(_lead(tables[percent][name]) for percent in BUDGET_STEPS))
+        for name in lost
+    ]
+    budgets = [f"{percent} %" for percent in BUDGET_STEPS]
+    head = ("score", *(f"at {budget} of the budget" for budget in budgets), "regret",
+            *(f"lead over gain at {budget}" for budget in budgets))
+    return "\n".join([
+        "Spearman's rank correlation with the gold reward at the same step, within a seed, mean over the held-out "
+        "seeds, with 95 % bootstrap intervals over trials. Regret: gold reward lost, against the best evaluation of "
+        "any trial, by taking the evaluation that the score likes best.\n",
+        _table(head, rows),
+    ])
+
+
+def null_part(out: Path) -> str:
+    """How often a sweep of one configuration claims that something beats its baseline."""
+    trials = read_trials(out, names="seed1???-*")
+    if not trials:
+        return "No null trials are recorded.\n"
+    first = trials[0].config
+    about = (
+        f"{len(trials)} trials of one configuration ({first.label}, {first.training.stop_step} steps), on the same "
+        "pairs, each with its own training seed, dealt into sweeps without replacement; in every sweep "
+        f"{SELECT_PAIRS} select and {TEST_PAIRS} test pairs of a pool are dealt anew. A claim is the answer's own, "
+        "from the sweep's folder. Wilson's interval takes sweeps as independent; the second one knows that they "
+        "share trials (Bayesian bootstrap of the trials).\n"
+    )
+    head = ("sweep", "claims \"better than the baseline\"", "with shared trials", "of these adapters only",
+            "winner - baseline on test, bits per pair")
+    return "\n".join([about, _table(head, [_null_row(trials, design) for design in DESIGNS])])
+
+
+def _judge(trial: RecordedTrial) -> Judged:
+    return judged(trial, Thresholds(drift_limit_per_token=trial.config.guards.drift_limit_per_token))
+
+
+def _trial_row(found: Judged) -> tuple[str, ...]:
+    trial, label = found.trial, found.label
+    gold = {step: scores.mean() for step, scores in trial.gold.items()}
+    trained = trial.history.trained
+    best = max(trained, key=lambda record: record.gain.gain)
+    samples = next(r.samples for r in reversed(trial.history.evaluations) if r.samples is not None)
+    peak = max(gold, key=gold.get)
+    mark = {"right": "", "not counted": "(not counted)"}.get(found.kind, f"**{found.kind}**")
+    return (
+        trial.name, f"{gold[0]:.2f}, {gold[peak]:.2f} @ {peak}, {gold[max(gold)]:.2f}",
+        f"{label.drop:.2f}, {label.drop / label.se:.1f}" if label.se > 0 else "0", found.verdict.headline,
+        ", ".join(flag for flag in found.verdict.flags if flag != found.verdict.headline),
+        "" if found.verdict.onset_step is None else str(found.verdict.onset_step), f"{samples.kl_per_token:.2f}",
+        f"{best.gain.gain:.3f} @ {best.step}, {trained[-1].gain.gain:.3f}", mark,
+    )
+
+
+def _wrong_row(found: Judged) -> tuple[str, ...]:
+    label = found.label
+    gold = f"fell by {label.drop:.2f} ({label.drop / label.se:.1f} SE) from step {label.peak_step}" if label.fell else "kept"
+    return found.trial.name, found.kind, gold, f"{found.verdict.headline}: {found.verdict.evidence}"
+
+
+def _null_row(trials: Sequence[RecordedTrial], design: Design) -> tuple[str, ...]:
+    found = null_sweeps(trials, design, sweeps=NULL_SWEEPS)
+    low, high = claim_interval(found, len(trials))
+    differences = np.array([sweep.difference for sweep in found if sweep.difference is not None])
+    return (
+        f"{design.name} ({design.configurations} configurations)",
+        str(Share(sum(sweep.claimed for sweep in found), len(found))), f"{low:.3f} to {high:.3f}",
+        str(Share(sum(sweep.adapter_claimed for sweep in found), len(found))),
+        f"mean {differences.mean():+.4f}, sd {differences.std():.4f}",
+    )
+
+
+def _rho(found: Correlation) -> str:
+    return f"{found.rho:.2f} ({found.low:.2f} to {found.high:.2f})"
+
+
+def _lead(found: Correlation) -> str:
+    return f"{found.lead:+.2f} ({found.lead_low:+.2f} to {found.lead_high:+.2f})"
+
+
+def _table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    lines = [head, ["---"] * len(head), *rows]
+    return "\n".join(f"| {' | '.join(cells)} |" for cells in lines) + "\n"
