@@ -34,16 +34,16 @@ class Thresholds:
     # overfit. Real differences at 512 pairs are 1 to 2.8 standard errors: less than 2 must not stop a trial.
     overfit_z: float = 2.0
     overfit_evaluations: int = 2  # consecutive
-    # Of the drift limit. Chosen on one seed of the gold table (docs/experiments), where the limit is .5: policies whose
-    # pairs were overfit kept their true reward at .16 nats per token, and had lost some from .27 on.
+    # Of the drift limit. Chosen on the gold table (docs/experiments), where the limit is .5: policies whose pairs were
+    # overfit mostly kept their true reward up to .16 nats per token, and had lost some from .27 on.
     overfit_drift_frac: float = 0.4
     fitted_nats: float = 0.01  # a probe with a lower loss is memorised: it cannot visibly fall further
     # over_optimised: the same caution, for the win rate on the policy's own samples.
     over_optimised_z: float = 2.0
     over_optimised_evaluations: int = 2  # consecutive ones that drew samples
-    # collapsed_rejected: a quarter of the train probe's rejected completions have all but vanished. Chosen on the same
-    # seed: trials that kept their true reward ended with .12 or less, those it caught after a loss with .37 or more.
-    collapsed_frac: float = 0.25
+    # collapsed_rejected: a fifth of the train probe's rejected completions have all but vanished. Chosen on three seeds
+    # of the gold table: trials that kept their true reward ended with .12 or less, those that lost it with more.
+    collapsed_frac: float = 0.2
     # likelihood_displaced. A falling chosen log-prob alone is what a reference tuned on the chosen texts shows.
     displaced_z: float = 2.0
     displaced_frac: float = 0.8

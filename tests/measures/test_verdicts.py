@@ -487,8 +487,8 @@ def test_a_policy_that_moved_and_fitted_its_pairs_is_not_underfit():
 # -- collapsed_rejected, drift, precedence
 
 
-def test_rejected_completions_collapse_at_the_evaluation_that_passes_a_quarter():
-    fractions = {40: 0.12, 80: 0.24, 120: 0.87}
+def test_rejected_completions_collapse_at_the_evaluation_that_passes_a_fifth():
+    fractions = {40: 0.12, 80: 0.19, 120: 0.87}
     records = [evaluation(step, probe_collapsed_frac=fraction) for step, fraction in fractions.items()]
     verdict = judge(history(evaluations=[start(), *records]))
     assert (verdict.headline, verdict.onset_step) == ("collapsed_rejected", 120)
@@ -496,7 +496,7 @@ def test_rejected_completions_collapse_at_the_evaluation_that_passes_a_quarter()
 
 
 def test_a_collapse_that_was_undone_is_no_verdict_and_a_new_one_has_a_new_onset():
-    fractions = [0.6, 0.2, 0.5, 0.9]
+    fractions = [0.6, 0.1, 0.5, 0.9]
     records = [evaluation(20 * (i + 1), probe_collapsed_frac=f) for i, f in enumerate(fractions)]
     assert judge(history(evaluations=records[:2])).headline == "healthy"
     assert judge(history(evaluations=records)).onset_step == 60
