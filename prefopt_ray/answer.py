@@ -20,7 +20,13 @@ from prefopt_ray.errors import Problem, SweepError
 from prefopt_ray.ledger import CONFIRM, SweepRecord, TrialRecord, drift_per_token
 from prefopt_ray.losses.cards import find_card
 from prefopt_ray.measures.compare import (
-    Difference, GainInterval, SeedSpread, indistinguishable, losses_by_seed, pooled_spread, seeds_difference,
+    Difference,
+    GainInterval,
+    SeedSpread,
+    indistinguishable,
+    losses_by_seed,
+    pooled_spread,
+    seeds_difference,
     seeds_interval,
 )
 from prefopt_ray.measures.metrics import margins
@@ -151,6 +157,12 @@ def to_confirm(sweep: SweepRecord, *, top: int) -> list[Configuration]:
     """Whom to train again: the first `top` with a valid score, and the baseline."""
     valid = _valid(sweep)
     return valid[:top] + [c for c in valid[top:] if c.baseline]
+
+
+def in_question(sweep: SweepRecord, *, top: int) -> list[Configuration]:
+    """What the answer is about, in its order: the confirmed configurations, else the first `top` and the baseline."""
+    confirmed = [c for c in confirmation(sweep) if c.score >= 0]
+    return confirmed or to_confirm(sweep, top=top)
 
 
 def finalists(sweep: SweepRecord) -> list[TrialRecord]:

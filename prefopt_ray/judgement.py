@@ -11,7 +11,8 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from prefopt_ray.configurations import Configuration, configurations
+from prefopt_ray.answer import in_question
+from prefopt_ray.configurations import Configuration
 from prefopt_ray.errors import Problem, SweepError
 from prefopt_ray.judges.completions import FOLDER
 from prefopt_ray.judges.tournament import JudgedCompetitor, Tournament, agreeing_pairs
@@ -62,10 +63,9 @@ class Judgement:
 
 
 def finalists_to_judge(sweep: SweepRecord, *, top: int) -> tuple[JudgedFinalist, ...]:
-    """The `top` configurations by score, and the baseline; those without a valid score have nothing to show."""
-    ranked = sorted((c for c in configurations(sweep) if c.score >= 0), key=lambda c: (-c.score, c.key))
-    chosen = [*ranked[:top], *(c for c in ranked[top:] if c.first.baseline)]
-    return tuple(_finalist(configuration) for configuration in chosen)
+    """The confirmed configurations, else the `top` ones in the answer's order and the baseline; those without a
+    valid score have nothing to show."""
+    return tuple(_finalist(configuration) for configuration in in_question(sweep, top=top))
 
 
 def store(sweep: Path, judgement: Judgement) -> Path:

@@ -19,8 +19,8 @@ from prefopt_ray.engine.loading import (
     check_length_fits,
     check_tokens_fit,
     load_model,
-    local_adapter,
     load_tokenizer,
+    local_adapter,
     source_digest,
 )
 from prefopt_ray.engine.plain import PlainEngine
@@ -38,8 +38,8 @@ from prefopt_ray.pairs.load import LoadedPairs, load_sweep_data
 from prefopt_ray.pairs.shapes import SCORE_KEYS
 from prefopt_ray.pairs.tokens import PairTokens, SweepData
 from prefopt_ray.spec import OtherModel, PartSpec, SweepSpec
-from prefopt_ray.spec.sections import TrainingSpec
 from prefopt_ray.spec.evaluation_plan import Workload, share
+from prefopt_ray.spec.sections import TrainingSpec
 from prefopt_ray.thresholds import Thresholds
 from prefopt_ray.train import Worker, make_worker
 from prefopt_ray.trial import ExecutionPlan, TrialConfig

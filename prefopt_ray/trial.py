@@ -6,9 +6,10 @@ Standard library only: these cross process borders, are stored as JSON and read 
 import hashlib
 import json
 import zlib
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from enum import StrEnum
-from typing import Any, Mapping
+from typing import Any
 
 
 class EndState(StrEnum):

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from sweep_folder import STEP, margins, write_sweep
 
-from prefopt_ray.answer import find_answer, finalists
+from prefopt_ray.answer import finalists, find_answer
 from prefopt_ray.report import answer_json, answer_lines, leaderboard
 
 

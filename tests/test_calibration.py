@@ -9,9 +9,9 @@ from tiny import trial_config
 
 from prefopt_ray.calibration import FEW_TRIALS, calibrate_sweep, spearman
 from prefopt_ray.errors import SweepError
-from prefopt_ray.judgement import Judgement, JudgedFinalist, store
-from prefopt_ray.judges.functions import FunctionScores
+from prefopt_ray.judgement import JudgedFinalist, Judgement, store
 from prefopt_ray.judges.base import Prompt
+from prefopt_ray.judges.functions import FunctionScores
 from prefopt_ray.judges.tournament import REFERENCE_NAME, play
 from prefopt_ray.ledger import Ledger, SweepRecord, read_sweep
 from prefopt_ray.train.scorers import Completion

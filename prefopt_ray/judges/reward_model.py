@@ -8,7 +8,11 @@ from collections.abc import Sequence
 import numpy as np
 import torch
 from transformers import (
-    AutoConfig, AutoModelForSequenceClassification, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase,
+    AutoConfig,
+    AutoModelForSequenceClassification,
+    AutoTokenizer,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
 )
 
 from prefopt_ray.errors import JudgeError, Problem

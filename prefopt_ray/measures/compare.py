@@ -24,6 +24,7 @@ import numpy as np
 from prefopt_ray.measures.clustered import clustered_mean, student_quantile
 from prefopt_ray.measures.gain import LN2, calibrated_gain, calibrated_losses
 
+
 @dataclass(frozen=True)
 class Difference:
     """A mean of paired differences with its interval. With one cluster se, low and high are infinite."""

@@ -14,8 +14,8 @@ from pydantic import Field, PlainSerializer, PlainValidator, model_validator
 
 from prefopt_ray.errors import Problem, SpecError
 from prefopt_ray.losses.cards import LossCard, find_card
-from prefopt_ray.spec.layers import UNREAD
 from prefopt_ray.spec.evaluation_plan import MOST_PROBE, MOST_PROMPTS, Workload, fitted
+from prefopt_ray.spec.layers import UNREAD
 from prefopt_ray.spec.rules import findings
 from prefopt_ray.spec.sections import (
     AUTO,
@@ -46,8 +46,8 @@ from prefopt_ray.spec.steps import (
     amount_in_steps,
     evaluation_steps,
     full_length,
-    middle_first,
     micro_batch,
+    middle_first,
     rung_steps,
     sample_steps,
 )

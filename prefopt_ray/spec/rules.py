@@ -13,15 +13,15 @@ from typing import Any
 from prefopt_ray.losses.cards import CARDS, LossCard, closest_loss, find_card
 from prefopt_ray.spec.layers import UNREAD
 from prefopt_ray.spec.sections import (
+    BANDIT,
     DIVERGENCE_KEYS,
     DIVERGENCE_RULE,
-    BANDIT,
     EMBEDDED,
     GOLD,
     PRESETS,
-    ConfirmSpec,
     RUNGS,
     SCORE_COLUMNS,
+    ConfirmSpec,
     DataSpec,
     JudgeSpec,
     ModelSpec,

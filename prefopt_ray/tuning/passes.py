@@ -13,8 +13,8 @@ import ray
 
 from prefopt_ray.answer import TEST_FILE
 from prefopt_ray.engine.base import ReferencedPairs
-from prefopt_ray.engine.reference import Progress
 from prefopt_ray.engine.loading import load_tokenizer
+from prefopt_ray.engine.reference import Progress
 from prefopt_ray.errors import CheckpointError, PrefoptError
 from prefopt_ray.ledger import TrialRecord
 from prefopt_ray.pairs.tokens import SweepData

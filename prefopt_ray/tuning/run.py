@@ -18,13 +18,22 @@ import ray
 from ray import tune
 
 from prefopt_ray import __version__
-from prefopt_ray.answer import Answer, find_answer, finalists, require_known_losses, to_confirm, trial_folder
+from prefopt_ray.answer import Answer, finalists, find_answer, require_known_losses, to_confirm, trial_folder
 from prefopt_ray.configurations import configuration_of, configurations
 from prefopt_ray.engine.reference import Progress
 from prefopt_ray.errors import InputError, Problem, SweepError
 from prefopt_ray.judgement import Judgement
 from prefopt_ray.judges.opening import check_judge
-from prefopt_ray.ledger import FORMAT, LEDGER_FILE, Ledger, SweepRecord, clear_stop, read_sweep, request_stop, stop_requested
+from prefopt_ray.ledger import (
+    FORMAT,
+    LEDGER_FILE,
+    Ledger,
+    SweepRecord,
+    clear_stop,
+    read_sweep,
+    request_stop,
+    stop_requested,
+)
 from prefopt_ray.prepare import Prepared, WorkerBlueprint, cache_folder, prepare
 from prefopt_ray.report import answer_lines, leaderboard
 from prefopt_ray.spec import SweepSpec, confirmed_spec, dump_spec, load_spec

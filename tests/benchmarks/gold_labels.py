@@ -7,8 +7,8 @@ noisy means does not make a drop by itself. Knows no verdict.
 from dataclasses import dataclass
 
 import numpy as np
-
 from benchmarks.gold_trials import RecordedTrial
+
 from prefopt_ray.measures.clustered import clustered_mean
 
 FELL_ERRORS, KEPT_ERRORS = 2.0, 1.0  # paired standard errors; drops between the two are not counted

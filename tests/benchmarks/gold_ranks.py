@@ -8,8 +8,8 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
-
 from benchmarks.gold_trials import RecordedTrial
+
 from prefopt_ray.losses.cards import find_card
 from prefopt_ray.losses.formulas import loss_function
 from prefopt_ray.measures.metrics import margins

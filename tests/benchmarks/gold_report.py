@@ -4,14 +4,17 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 import numpy as np
-
 from benchmarks.gold_null import DESIGNS, SELECT_PAIRS, TEST_PAIRS, Design, claim_interval, null_sweeps
 from benchmarks.gold_ranks import BUDGET_STEPS, Correlation, rank_table, regrets
 from benchmarks.gold_trials import RecordedTrial, read_trials
 from benchmarks.gold_verdicts import Judged, Share, judged, precision, recall
+
 from prefopt_ray.thresholds import Thresholds
 
-CHOSEN_ON = 0  # the seed that thresholds were chosen on; the others were judged once they were committed
+CHOSEN_ON = (0, 1, 2)  # the seeds that thresholds were chosen on; the others were trained afterwards
+FIRST_LOOK = 0  # the seed on which rankings were looked at first
+# What the rules began with: half of the rejected completions, and overfit whatever the drift.
+SPECIFIED = {"collapsed_frac": 0.5, "overfit_drift_frac": 0.0}
 NULL_SWEEPS = 200  # of each design
 
 
@@ -21,7 +24,7 @@ def whole_report(out: Path) -> str:
     seeds = sorted({trial.seed for trial in trials})
     head = (
         "# The gold table\n\n"
-        "Made by `python tests/benchmarks/gold_table.py run --seeds 0 1 2 --null 40 --out DIR` and "
+        "Made by `python tests/benchmarks/gold_table.py run --seeds 0 1 2 3 4 --null 40 --out DIR` and "
         "`python tests/benchmarks/gold_table.py report DIR`.\n\n"
         f"{len(trials)} trials of the embedded gold task on seeds {', '.join(map(str, seeds))}. A seed gives its own "
         "pairs (training, select, and their noisy labels), data order, adapter initialisation and sampling noise; the "
@@ -48,32 +51,32 @@ def trial_part(trials: Sequence[RecordedTrial]) -> str:
 def verdict_part(trials: Sequence[RecordedTrial]) -> str:
     """Precision and recall by seed group, then the trials that were judged wrongly."""
     found = [_judge(trial) for trial in trials]
-    groups = {
-        f"seed {CHOSEN_ON} (thresholds chosen here)": [j for j in found if j.trial.seed == CHOSEN_ON],
-        "held-out seeds": [j for j in found if j.trial.seed != CHOSEN_ON],
-        "  of these LoRA": [j for j in found if j.trial.seed != CHOSEN_ON and j.trial.config.adapter.kind == "lora"],
-        "  of these full fine-tuning":
-            [j for j in found if j.trial.seed != CHOSEN_ON and j.trial.config.adapter.kind == "none"],
-    }
+    before = [_judge(trial, **SPECIFIED) for trial in trials]
     rows = [
-        (name, str(len(group)), *(str(sum(j.label.fell is kind for j in group)) for kind in (True, False, None)),
-         str(precision(group)), str(recall(group)))
-        for name, group in groups.items() if group
+        row for name, wanted in (
+            ("thresholds chosen on these: seeds 0 to 2", lambda j: j.trial.seed in CHOSEN_ON),
+            ("held-out seeds 3 and 4", lambda j: j.trial.seed not in CHOSEN_ON),
+            ("all, LoRA", lambda j: j.trial.config.adapter.kind == "lora"),
+            ("all, full fine-tuning", lambda j: j.trial.config.adapter.kind == "none"),
+        )
+        for row in _group_rows(name, list(filter(wanted, found)), list(filter(wanted, before)))
     ]
-    head = ("trials", "n", "gold fell", "kept", "not counted", "precision", "recall")
+    head = ("trials", "n", "gold fell", "kept", "not counted", "precision", "recall", "precision as specified",
+            "recall as specified")
     wrong = [j for j in found if j.kind in ("false alarm", "missed")]
     return "\n".join([
         "Positive: a headline of diverged, broken, memorised, overfit or collapsed_rejected, judged without any gold "
         "score. Truth: the gold reward at the end is more than two paired standard errors below its peak, the peak "
         "chosen on half of the prompts and the drop measured on the other half; drops of one to two are not counted. "
-        "In brackets Wilson's 95 % interval.\n",
+        "In brackets Wilson's 95 % interval. As specified: collapsed_rejected from half of the train probe on, and "
+        "overfit whatever the drift.\n",
         _table(head, rows), "Judged wrongly:\n", _table(("trial", "", "gold", "verdict"), map(_wrong_row, wrong)),
     ])
 
 
 def rank_part(trials: Sequence[RecordedTrial]) -> str:
     """Spearman with the gold reward at four lengths on the held-out seeds, the lead over the objective, regret."""
-    held_out = [trial for trial in trials if trial.seed != CHOSEN_ON]
+    held_out = [trial for trial in trials if trial.seed != FIRST_LOOK]
     tables = {percent: rank_table(held_out, step=step) for percent, step in BUDGET_STEPS.items()}
     lost = regrets(held_out)
     rows = [
@@ -85,8 +88,8 @@ def rank_part(trials: Sequence[RecordedTrial]) -> str:
     head = ("score", *(f"at {budget} of the budget" for budget in budgets), "regret",
             *(f"lead over gain at {budget}" for budget in budgets))
     return "\n".join([
-        "Spearman's rank correlation with the gold reward at the same step, within a seed, mean over the held-out "
-        "seeds, with 95 % bootstrap intervals over trials. Regret: gold reward lost, against the best evaluation of "
+        "Spearman's rank correlation with the gold reward at the same step, within a seed, mean over all seeds but the "
+        "first, with 95 % bootstrap intervals over trials. Regret: gold reward lost, against the best evaluation of "
         "any trial, by taking the evaluation that the score likes best.\n",
         _table(head, rows),
     ])
@@ -110,8 +113,17 @@ def null_part(out: Path) -> str:
     return "\n".join([about, _table(head, [_null_row(trials, design) for design in DESIGNS])])
 
 
-def _judge(trial: RecordedTrial) -> Judged:
-    return judged(trial, Thresholds(drift_limit_per_token=trial.config.guards.drift_limit_per_token))
+def _judge(trial: RecordedTrial, **other: float) -> Judged:
+    return judged(trial, Thresholds(drift_limit_per_token=trial.config.guards.drift_limit_per_token, **other))
+
+
+def _group_rows(name: str, found: Sequence[Judged], before: Sequence[Judged]) -> list[tuple[str, ...]]:
+    """The group's row; none for an empty one."""
+    if not found:
+        return []
+    counts = (str(sum(j.label.fell is kind for j in found)) for kind in (True, False, None))
+    shares = (precision(found), recall(found), precision(before), recall(before))
+    return [(name, str(len(found)), *counts, *map(str, shares))]
 
 
 def _trial_row(found: Judged) -> tuple[str, ...]:

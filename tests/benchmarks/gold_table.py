@@ -1,6 +1,6 @@
 """The recorded table of gold-task trials, and what it says about verdicts, rankings and claims.
 
-    python tests/benchmarks/gold_table.py run --seeds 0 1 2 --null 40 --out DIR   trains what is missing
+    python tests/benchmarks/gold_table.py run --seeds 0 1 2 3 4 --null 40 --out DIR   trains what is missing
     python tests/benchmarks/gold_table.py report DIR > docs/experiments/gold-table.md
     python tests/benchmarks/gold_table.py trials | verdicts | ranks | null DIR     one part of the report
 
@@ -19,7 +19,12 @@ from pathlib import Path
 sys.path[:0] = [str(Path(__file__).parents[1]), str(Path(__file__).parents[2])]
 
 from benchmarks.gold_report import (  # noqa: E402
-    null_part, rank_part, table_trials, trial_part, verdict_part, whole_report,
+    null_part,
+    rank_part,
+    table_trials,
+    trial_part,
+    verdict_part,
+    whole_report,
 )
 from benchmarks.gold_trials import Case, record  # noqa: E402
 

@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 
 from benchmarks.gold_labels import Label, gold_label
 from benchmarks.gold_trials import RecordedTrial
+
 from prefopt_ray.measures.proportions import wilson_interval
 from prefopt_ray.measures.verdicts import TrialHistory, judge
 from prefopt_ray.thresholds import Thresholds

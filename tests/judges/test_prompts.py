@@ -8,7 +8,12 @@ import pytest
 from prefopt_ray.errors import SweepError
 from prefopt_ray.judges.base import Prompt
 from prefopt_ray.judges.completions import (
-    Sampled, Sampling, completions_file, shared_prompts, stored_completions, write_completions,
+    Sampled,
+    Sampling,
+    completions_file,
+    shared_prompts,
+    stored_completions,
+    write_completions,
 )
 from prefopt_ray.judges.prompts import read_prompts
 from prefopt_ray.pairs.config import PairsConfig, PartConfig, SourceConfig

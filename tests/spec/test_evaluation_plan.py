@@ -8,6 +8,7 @@ from spec.spec_examples import example
 from prefopt_ray.spec.evaluation_plan import Workload, share
 from prefopt_ray.trial import EvaluationConfig
 
+
 def workload(pairs: int, *, select: int = 1000, tokens: float = 500, full: bool = False) -> Workload:
     return Workload(pairs, tokens, select, tokens, prompt_tokens=tokens / 5, full_finetuning=full)
 

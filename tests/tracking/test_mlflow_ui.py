@@ -8,9 +8,9 @@ import urllib.error
 import urllib.request
 from collections.abc import Callable
 
-from tracking import browser
 import pytest
 from mlflow import MlflowClient
+from tracking import browser
 from tracking.mlflow_server import MlflowServer
 from tracking.tracking_cases import report, runs, steps, trial_config
 

@@ -1,8 +1,8 @@
 """What Ray's own schedulers and tables can read from a trial: flat values that never go missing."""
 
 import math
-from dataclasses import replace
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
