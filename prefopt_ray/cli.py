@@ -331,7 +331,8 @@ def train(options: argparse.Namespace) -> int:
     if options.json:
         print(json.dumps({"folder": str(exported), **report.to_dict()}))
     else:
-        print(f"best {config.evaluation.objective_name} {report.best_so_far:.4f} at step {report.best_step}: {exported}")
+        value = f"{config.evaluation.objective_name} {report.best_so_far:.4f}"
+        print(f"best {value} at step {report.best_step}: {exported}")
     return 0
 
 
@@ -454,6 +455,9 @@ def _number(low: int, high: int) -> Callable[[str], int]:
     return parse
 
 
+Declare = Callable[..., argparse.ArgumentParser]  # one sub-command; see `command` in `_parser`
+
+
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="prefopt",
@@ -478,6 +482,12 @@ def _parser() -> argparse.ArgumentParser:
         sub.set_defaults(command=function)
         return sub
 
+    for declare in (_sweep_commands, _spec_commands, _question_commands):  # the most used first
+        declare(command)
+    return parser
+
+
+def _sweep_commands(command: Declare) -> None:
     command("run", run, text="run a sweep and print the answer", takes="spec",
             example="prefopt run sweeps/quickstart.yaml --set search.seed=1")
     command("best", best, text="the best configuration as a spec, with how sure that is", takes="sweep",
@@ -491,11 +501,32 @@ def _parser() -> argparse.ArgumentParser:
                         help="port on the loopback interface (default: a free one)")
     command("resume", resume, text="continue a sweep after Ctrl-C or a crash", takes="sweep",
             example="prefopt resume quickstart")
+    command("list", list_sweeps, text="the sweeps in the storage folder", takes="nothing", example="prefopt list")
+
+
+def _spec_commands(command: Declare) -> None:
+    checked = command("validate", validate, text="check a spec in about a second", takes="spec",
+                      example="prefopt validate sweeps/qwen05b.yaml")
+    checked.add_argument("--resolved", action="store_true", help="print the spec with every default filled in")
+    looked = command("pairs", pairs, text="look at the pairs as they will be trained on", takes="spec",
+                     example="prefopt pairs sweeps/quickstart.yaml --show 5")
+    looked.add_argument("--show", type=_number(0, 10**9), default=3, metavar="N", help="how many pairs (default 3)")
+    cards = command("losses", losses, text="every loss, or one loss on a page", takes="nothing",
+                    example="prefopt losses ipo_sum")
+    cards.add_argument("name", metavar="NAME", nargs="?", help="a loss, such as ipo_sum or sigmoid:js")
+    trained = command("train", train, text="train one configuration without Ray", takes="spec",
+                      example="prefopt train best.yaml --output my-adapter")
+    trained.add_argument("--output", metavar="DIR", help="folder for checkpoints and the adapter")
+
+
+def _question_commands(command: Declare) -> None:
+    """What can be asked of a sweep that has run."""
     judged = command("judge", judge, text="win rates of the best checkpoints against the reference, by a judge",
                      takes="sweep", example="prefopt judge quickstart --top 4")
     judged.add_argument("--top", type=_number(1, 10**4), metavar="K", help="finalists besides the baseline (default: "
                         "the spec's, or 4)")
-    judged.add_argument("--prompts", type=_number(2, 10**6), metavar="N", help="test prompts (default: the spec's, or 512)")
+    judged.add_argument("--prompts", type=_number(2, 10**6), metavar="N",
+                        help="test prompts (default: the spec's, or 512)")
     judged.add_argument("--with", dest="judge_with", action="append", default=[], metavar="KEY=VALUE",
                         help="another judge than the spec's: reward_model=org/model, callable=judges.py:score, or "
                              "endpoint.url=... with endpoint.model=... and endpoint.key_env=...")
@@ -511,20 +542,6 @@ def _parser() -> argparse.ArgumentParser:
                     takes="sweep", example="prefopt figure over-optimisation frontier")
     drawn.add_argument("kind", metavar="KIND", help="frontier (gold reward against KL), gold, paths, learning_rates "
                        "or bandit")
-    checked = command("validate", validate, text="check a spec in about a second", takes="spec",
-                      example="prefopt validate sweeps/qwen05b.yaml")
-    checked.add_argument("--resolved", action="store_true", help="print the spec with every default filled in")
-    looked = command("pairs", pairs, text="look at the pairs as they will be trained on", takes="spec",
-                     example="prefopt pairs sweeps/quickstart.yaml --show 5")
-    looked.add_argument("--show", type=_number(0, 10**9), default=3, metavar="N", help="how many pairs (default 3)")
-    cards = command("losses", losses, text="every loss, or one loss on a page", takes="nothing",
-                    example="prefopt losses ipo_sum")
-    cards.add_argument("name", metavar="NAME", nargs="?", help="a loss, such as ipo_sum or sigmoid:js")
-    trained = command("train", train, text="train one configuration without Ray", takes="spec",
-                      example="prefopt train best.yaml --output my-adapter")
-    trained.add_argument("--output", metavar="DIR", help="folder for checkpoints and the adapter")
-    command("list", list_sweeps, text="the sweeps in the storage folder", takes="nothing", example="prefopt list")
-    return parser
 
 
 if __name__ == "__main__":

@@ -35,8 +35,9 @@ def answer_lines(sweep: SweepRecord, answer: Answer) -> list[str]:
     lines += [f"Note: {warning}." for warning in answer.warnings]
     merged = sweep.facts.get("merged_adapters")
     if merged:
-        lines.append(f"Note: its adapter belongs on {sweep.facts['model']} with {', '.join(merged)} merged into it first.")
-    lines.append(f"Trials: {sweep.state_counts}.")
+        base = f"{sweep.facts['model']} with {', '.join(merged)} merged into it first"
+        lines.append(f"Note: its adapter belongs on {base}.")
+    lines.append(f"Trials: {sweep.state_counts}{_evaluating(sweep)}.")
     return lines
 
 
@@ -147,10 +148,21 @@ def _test_lines(answer: Answer) -> list[str]:
         lines.append(f"Cannot be told apart from it with these pairs ({len(alike)}):")
         lines += [f"  {_alike_line(one)}" for one in alike]
     elif len(answer.standings) > 1 and not answer.alike:
-        lines.append(f"Every other {'configuration' if answer.of_configurations else 'adapter'} is worse, beyond chance.")
-    resolved = "" if answer.resolvable is None else f"These pairs show a difference of {answer.resolvable:.4f} four times in five. "
-    lines.append(f"{resolved}{_scope(answer)}")
+        kind = "configuration" if answer.of_configurations else "adapter"
+        lines.append(f"Every other {kind} is worse, beyond chance.")
+    if answer.resolvable is not None:
+        lines.append(f"These pairs show a difference of {answer.resolvable:.4f} four times in five. {_scope(answer)}")
+    else:
+        lines.append(_scope(answer))
     return lines
+
+
+def _evaluating(sweep: SweepRecord) -> str:
+    """What part of the trials' time was spent measuring them."""
+    last = [trial.last for trial in sweep.trials.values() if trial.last is not None]
+    seconds = sum(report.seconds for report in last)
+    share = sum(report.evaluating_seconds for report in last) / seconds if seconds else 0.0
+    return f"; {share:.0%} of their time was evaluating" if share else ""
 
 
 def _scope(answer: Answer) -> str:

@@ -33,7 +33,7 @@ def scores() -> dict[str, Score]:
         "gain of summed log-ratios": lambda t, s: _metric(t, s, "eval/gain_sum"),
         "accuracy, KL per token <= .5": lambda t, s: _guarded(t, s, _metric(t, s, "eval/rewards/accuracy")),
         "accuracy": lambda t, s: _metric(t, s, "eval/rewards/accuracy"),
-        "raw -softplus(-beta h)": lambda t, s: -float(np.logaddexp(0, -t.config.loss_params["beta"] * _margin(t, s)).mean()),
+        "raw log sigma(beta h)": _own_likelihood,
         "-own eval loss": _own_loss,
         "rewards/margin": lambda t, s: _metric(t, s, "eval/rewards/margin"),
         "mean h": lambda t, s: _metric(t, s, "eval/h/mean"),
@@ -137,6 +137,11 @@ def _drift_guarded(trial: RecordedTrial, step: int) -> float:
     sides = ((stats.drift_chosen / stats.chosen_tokens), (stats.drift_rejected / stats.rejected_tokens))
     drift = float(sum(side.abs().double().mean() for side in sides) / 2)
     return _metric(trial, step, "eval/gain") - float(drift > KL_LIMIT)
+
+
+def _own_likelihood(trial: RecordedTrial, step: int) -> float:
+    """Bradley-Terry's, at the trial's own beta."""
+    return -float(np.logaddexp(0, -trial.config.loss_params["beta"] * _margin(trial, step)).mean())
 
 
 def _own_loss(trial: RecordedTrial, step: int) -> float:

@@ -32,7 +32,8 @@ def whole_report(out: Path) -> str:
         "select pairs and on one sample for each of 512 prompts. Nothing is stopped; guards only flag.\n"
     )
     return "\n".join([
-        head, "## Verdicts against the gold reward\n", verdict_part(trials), "## What ranks trials\n", rank_part(trials),
+        head, "## Verdicts against the gold reward\n", verdict_part(trials),
+        "## What ranks trials\n", rank_part(trials),
         "## Claims when nothing is better\n", null_part(out), "## Every trial\n", trial_part(trials),
     ])
 
@@ -145,7 +146,8 @@ def _trial_row(found: Judged) -> tuple[str, ...]:
 
 def _wrong_row(found: Judged) -> tuple[str, ...]:
     label = found.label
-    gold = f"fell by {label.drop:.2f} ({label.drop / label.se:.1f} SE) from step {label.peak_step}" if label.fell else "kept"
+    fall = f"fell by {label.drop:.2f} ({label.drop / label.se:.1f} SE) from step {label.peak_step}"
+    gold = fall if label.fell else "kept"
     return found.trial.name, found.kind, gold, f"{found.verdict.headline}: {found.verdict.evidence}"
 
 

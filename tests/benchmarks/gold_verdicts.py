@@ -1,4 +1,4 @@
-"""Verdicts against the truth: how often a headline that says "this trial went wrong" is right, and how often it is missing.
+"""Verdicts against the truth: how often "this trial went wrong" is right, and how often nobody said so.
 
 A verdict is judged on a history without the gold scores. Knows no figure and no file layout.
 """
