@@ -65,7 +65,14 @@ def evaluation_record(log: EvaluationLog, step: int, card: LossCard) -> Evaluati
         probe_loss_norm=log.number(f"probe/loss_norm/{step:08d}"),
         chosen=_chosen_record(log, step),
         samples=_sample_record(log, step),
+        pair_drift_per_token=_pair_drift(log, step),
     )
+
+
+def _pair_drift(log: EvaluationLog, step: int) -> float:
+    """Nats per token; without samples the only sign of how far the policy went, though not a divergence."""
+    policy, reference = (log.get(name).astype(np.float64) for name in (f"select/policy/{step:08d}", "select/reference"))
+    return float(np.abs((policy - reference) / log.get("select/tokens")).mean())
 
 
 def _chosen_record(log: EvaluationLog, step: int) -> ChosenRecord:

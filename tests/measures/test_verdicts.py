@@ -477,6 +477,8 @@ def test_a_policy_still_at_the_reference_is_underfit_whatever_its_gain():
     assert judge(history(evaluations=[near], budget_steps=100)).headline == "underfit"
     unsampled = evaluation(100, effect=0.4, probe=0.4)
     assert judge(history(evaluations=[unsampled], budget_steps=100)).headline == "healthy"
+    still = judge(history(evaluations=[replace(unsampled, pair_drift_per_token=0.001)], budget_steps=100))
+    assert still.headline == "underfit" and "drift on pairs (no samples) 0.001" in still.evidence
 
 
 def test_a_policy_that_moved_and_fitted_its_pairs_is_not_underfit():
@@ -540,6 +542,13 @@ def test_drift_is_flagged_by_the_latest_samples_and_leaves_the_headline():
     assert (verdict.headline, verdict.flags) == ("healthy", ("drift_limit",))
     assert judge(history(evaluations=far), Thresholds(drift_limit_per_token=0.5)).flags == ()
     assert judge(history(evaluations=[*far, evaluation(80, samples=samples(0.2))])).flags == ()
+
+
+def test_a_trial_without_samples_is_held_to_the_drift_limit_by_its_pairs():
+    far = [replace(evaluation(step), pair_drift_per_token=drift) for step, drift in ((20, 0.2), (40, 0.4))]
+    assert judge(history(evaluations=far)).flags == ("drift_limit",)
+    sampled = replace(evaluation(60, samples=samples(0.1)), pair_drift_per_token=0.9)
+    assert judge(history(evaluations=[*far, sampled])).flags == ()  # samples say it better
 
 
 def test_a_drift_that_is_not_a_number_counts_as_exceeded():

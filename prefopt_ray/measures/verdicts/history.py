@@ -78,6 +78,17 @@ class EvaluationRecord:
     probe_loss_norm: float | None = None  # of the probe: on select an overfit trial's loss grows without end
     chosen: ChosenRecord | None = None
     samples: SampleRecord | None = None  # where some were drawn
+    pair_drift_per_token: float | None = None  # nats, mean over pairs and sides of |log-ratio| / tokens
+
+    @property
+    def moved_per_token(self) -> float | None:
+        """How far the policy is from its reference: KL on its samples, or the drift on pairs where none were drawn."""
+        return self.pair_drift_per_token if self.samples is None else self.samples.kl_per_token
+
+    @property
+    def moved_by(self) -> str:
+        """What `moved_per_token` is."""
+        return "drift on pairs (no samples)" if self.samples is None else "KL on samples"
 
     @cached_property
     def gain(self) -> Gain:

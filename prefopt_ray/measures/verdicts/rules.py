@@ -407,21 +407,20 @@ def underfit(history: TrialHistory, thresholds: Thresholds) -> Reading:
 
     checks, onset = _underfit_checks(last, history, thresholds), _since(history.trained, unmoved)
     probe = f"the train probe's {last.probe_gain.gain:.4f}"
-    samples = f", samples {last.samples.kl_per_token:.2g} nats per token from the reference" if last.samples else ""
-    evidence = f"gain {_gain(last)} at step {last.step} of {history.budget_steps}, {probe}{samples}"
+    moved = f", {last.moved_by} {last.moved_per_token:.2g} nats per token" if last.moved_per_token is not None else ""
+    evidence = f"gain {_gain(last)} at step {last.step} of {history.budget_steps}, {probe}{moved}"
     return reading("underfit", (Sign(checks, onset, evidence),))
 
 
 def _underfit_checks(record: EvaluationRecord, history: TrialHistory, thresholds: Thresholds) -> tuple[Check, ...]:
     """The first, and either the next two or the last."""
-    kl = None if record.samples is None else record.samples.kl_per_token
     return (
         Check("share of the budget", record.step / history.budget_steps, ">=", thresholds.underfit_budget_frac,
               "underfit_budget_frac", record.step),
         _learned_check("gain, standard errors", record, "<=", thresholds),
         Check("train probe's gain", record.probe_gain.gain, "<", thresholds.underfit_probe_gain,
               "underfit_probe_gain", record.step),
-        Check("KL on samples, nats per token (with the budget alone enough)", kl, "<",
+        Check(f"{record.moved_by}, nats per token (with the budget alone enough)", record.moved_per_token, "<",
               thresholds.underfit_kl_per_token, "underfit_kl_per_token", record.step),
     )
 
@@ -438,14 +437,18 @@ def learned(history: TrialHistory, thresholds: Thresholds) -> Reading:
 
 
 def drift_limit(history: TrialHistory, thresholds: Thresholds) -> Reading:
-    """The latest samples are further from the reference than wanted; a flag beside any headline."""
+    """The policy is further from the reference than wanted; a flag beside any headline.
+
+    By the latest samples, or by the pairs in a trial that draws none.
+    """
     sampled = [record for record in history.evaluations if record.samples is not None]
-    if not sampled:
+    measured = sampled or [record for record in history.evaluations if record.moved_per_token is not None]
+    if not measured:
         return reading("drift_limit", ())
-    last, limit = sampled[-1], thresholds.drift_limit_per_token
-    value, onset = last.samples.kl_per_token, _since(sampled, lambda r: drift_exceeded(r.samples.kl_per_token, limit))
-    check = Check("KL on samples, nats per token", value, ">", limit, "drift_limit_per_token", last.step)
-    evidence = f"samples were {value:.3g} nats per token from the reference at step {last.step}, over {limit:g}"
+    last, limit = measured[-1], thresholds.drift_limit_per_token
+    value, onset = last.moved_per_token, _since(measured, lambda r: drift_exceeded(r.moved_per_token, limit))
+    check = Check(f"{last.moved_by}, nats per token", value, ">", limit, "drift_limit_per_token", last.step)
+    evidence = f"{last.moved_by} was {value:.3g} nats per token at step {last.step}, over {limit:g}"
     return reading("drift_limit", (Sign((check,), onset, evidence),))
 
 
