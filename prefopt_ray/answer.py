@@ -23,6 +23,7 @@ from prefopt_ray.measures.compare import (
     Difference,
     GainInterval,
     SeedSpread,
+    gain_interval,
     indistinguishable,
     losses_by_seed,
     pooled_spread,
@@ -154,22 +155,31 @@ def confirmation(sweep: SweepRecord) -> tuple[Configuration, ...]:
 
 
 def to_confirm(sweep: SweepRecord, *, top: int) -> list[Configuration]:
-    """Whom to train again: the first `top` with a valid score, and the baseline."""
+    """Whom to train again: the first `top` with a valid score beside the baseline, and the baseline.
+
+    Beside it, since a baseline that ranks first would otherwise be compared with nobody.
+    """
     valid = _valid(sweep)
-    return valid[:top] + [c for c in valid[top:] if c.baseline]
+    rivals = [c for c in valid if not c.baseline][:top]
+    return [c for c in valid if c.baseline or c in rivals]
 
 
-def in_question(sweep: SweepRecord, *, top: int) -> list[Configuration]:
-    """What the answer is about, in its order: the confirmed configurations, else the first `top` and the baseline."""
+def in_question(sweep: SweepRecord, *, top: int, also_searched: bool = False) -> list[Configuration]:
+    """What the answer is about, in its order: the confirmed configurations, else the first `top` and the baseline.
+
+    `also_searched`: behind the confirmed ones, the first `top` as the search trained them.
+    """
     confirmed = [c for c in confirmation(sweep) if c.score >= 0]
+    if confirmed and also_searched:
+        return confirmed + _valid(sweep)[:top]
     return confirmed or to_confirm(sweep, top=top)
 
 
 def finalists(sweep: SweepRecord) -> list[TrialRecord]:
     """Whom to score on the test part, each at its configuration's stop step.
 
-    After a confirmation its valid runs; else all seeds of the winner, of those that the select part cannot tell from
-    it, and of the baseline.
+    After a confirmation its valid runs; else all seeds of the winner, of the next in rank, of those that the select
+    part cannot tell from the winner, and of the baseline.
     """
     confirmed = [c for c in confirmation(sweep) if c.score >= 0]
     if confirmed:
@@ -178,9 +188,18 @@ def finalists(sweep: SweepRecord) -> list[TrialRecord]:
     if not valid:
         return []
     alike = _Evidence(sweep, _stored_margins(sweep)).indistinguishable(valid[0], valid[1:], part="select")
-    chosen = [valid[0], *(c for c in valid[1:] if c.key in alike)][:MAX_FINALISTS]
+    # The next in rank in any case: that it is worse should not rest on the pairs that ranked it.
+    chosen = [*valid[:2], *(c for c in valid[2:] if c.key in alike)][:MAX_FINALISTS]
     chosen += [c for c in valid if c.baseline and c not in chosen]
     return [trial for c in chosen for trial in c.seeds]
+
+
+def test_gains(sweep: SweepRecord) -> dict[str, GainInterval]:
+    """Each adapter's own gain on test, by trial, where it was scored there: what a table can be sorted by."""
+    read = _stored_margins(sweep)
+    return {
+        trial_id: gain_interval(*read(sweep.trials[trial_id], "test", step)) for trial_id, step in sweep.tested.items()
+    }
 
 
 def trial_folder(sweep: SweepRecord, trial: TrialRecord) -> Path:
@@ -330,6 +349,15 @@ def _drift(configuration: Configuration) -> float:
     return float(np.mean([drift_per_token(trial.reports[step].metrics) for trial in configuration.seeds]))
 
 
+def _gain_before_training(configuration: Configuration) -> float | None:
+    """Where the loss's reward is not the log-ratio to the start: its gain at step 0, if that is beyond chance."""
+    start = configuration.first.reports.get(0)
+    if start is None or "eval/gain" not in start.metrics:
+        return None
+    gain, se = start.metrics["eval/gain"], start.metrics["eval/gain_se"]
+    return gain if gain > 2 * se and gain > 0 else None
+
+
 def _warnings(sweep: SweepRecord, standings: tuple[Standing, ...], winner: Configuration) -> tuple[str, ...]:
     out = []
     first = next(s.configuration for s in standings if s.configuration.score >= 0)
@@ -338,8 +366,12 @@ def _warnings(sweep: SweepRecord, standings: tuple[Standing, ...], winner: Confi
         best = max(valid, key=lambda c: _mean_metric(c, key))
         if best is not first and best.config.loss != first.config.loss:
             out.append(f"judged by {name}, trial {best.trial_id} ({best.config.label}) would be first")
-    if any("drift_limit" in t.last.verdict_at_best.flags for t in winner.seeds if t.last):
-        out.append("the best trial is beyond the drift limit at its best step; look at its samples before using it")
+    if any("drift_limit" in t.reports[winner.best_step].verdict.flags for t in winner.seeds):
+        out.append("the best trial is beyond the drift limit at its best step; look at what it writes before using it")
+    untrained = _gain_before_training(winner)
+    if untrained is not None:
+        out.append(f"its reward already had a gain of {untrained:.4f} before any training, which the gain above includes; "
+                   "a loss that reads no reference starts with what the model's own likelihood says")
     for trial_id, reason in sweep.untested.items():
         out.append(f"trial {trial_id} could not be scored on test: {reason}")
     if winner.first.unopposed:

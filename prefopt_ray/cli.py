@@ -11,7 +11,9 @@ import os
 import re
 import sys
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -178,7 +180,8 @@ def judge(options: argparse.Namespace) -> int:
     from prefopt_ray.tuning.judging import chosen_questions
     from prefopt_ray.tuning.run import judge_again
 
-    asked = chosen_questions(folder, options.judge_with, top=options.top, prompts=options.prompts)
+    with _named_as_typed("--with", "judge", example="callable=judges.py:score"):
+        asked = chosen_questions(folder, options.judge_with, top=options.top, prompts=options.prompts)
     _quiet_libraries()
     with TerminalObserver(make_console(stderr=True)) as observer:
         judgements = [judge_again(folder, question, observer) for question in asked]
@@ -204,7 +207,7 @@ def calibrate(options: argparse.Namespace) -> int:
         return 0
     console = make_console()
     for calibration in calibrations:
-        if any(row.at_best or row.pooled for row in calibration.rows):
+        if any(row.at_best or row.within_steps for row in calibration.rows):
             console.print(calibration_table(calibration))
         console.print(f"By {calibration.truth}: {calibration.conclusion}", markup=False)
     return 0
@@ -219,7 +222,8 @@ def explain(options: argparse.Namespace) -> int:
 
     sweep = read_sweep(folder)
     require_known_losses(sweep)
-    spec = load_spec(folder / "spec.yaml", overrides=[f"verdicts.{setting}" for setting in options.verdicts])
+    with _named_as_typed("--verdicts", "verdicts", example="overfit_z=3"):
+        spec = load_spec(folder / "spec.yaml", overrides=[f"verdicts.{setting}" for setting in options.verdicts])
     explanation = explain_trial(sweep, options.trial, spec.thresholds, at=options.at)
     if options.json:
         print(json.dumps(explanation_json(explanation)))
@@ -393,6 +397,21 @@ def _load(options: argparse.Namespace) -> "SweepSpec":
     return load_spec(Path(options.spec), overrides=options.set, storage=options.storage)
 
 
+@contextmanager
+def _named_as_typed(option: str, section: str, *, example: str) -> Iterator[None]:
+    """`option` is a `--set` of one section: say what is wrong with it under the name that was typed."""
+    from prefopt_ray.spec.layers import SET_EXAMPLE
+
+    def typed(text: str) -> str:
+        return text.replace(SET_EXAMPLE, f"write {option} {example}").replace(f"--set {section}.", f"{option} ")
+
+    try:
+        yield
+    except SpecError as error:
+        problems = (replace(p, place=typed(p.place), fix=typed(p.fix)) for p in error.problems)
+        raise SpecError(*problems) from error
+
+
 def _load_to_run(options: argparse.Namespace) -> "SweepSpec":
     """The spec, before anything heavy is imported. Raises SpecError and SweepError."""
     spec = _load(options)
@@ -523,8 +542,8 @@ def _question_commands(command: Declare) -> None:
     """What can be asked of a sweep that has run."""
     judged = command("judge", judge, text="win rates of the best checkpoints against the reference, by a judge",
                      takes="sweep", example="prefopt judge quickstart --top 4")
-    judged.add_argument("--top", type=_number(1, 10**4), metavar="K", help="finalists besides the baseline (default: "
-                        "the spec's, or 4)")
+    judged.add_argument("--top", type=_number(1, 10**4), metavar="K", help="finalists besides the baseline; after a "
+                        "confirmation, of the search besides the confirmed ones (default: the spec's, or 4)")
     judged.add_argument("--prompts", type=_number(2, 10**6), metavar="N",
                         help="test prompts (default: the spec's, or 512)")
     judged.add_argument("--with", dest="judge_with", action="append", default=[], metavar="KEY=VALUE",
@@ -534,7 +553,7 @@ def _question_commands(command: Declare) -> None:
             takes="sweep", example="prefopt calibrate quickstart")
     reasoned = command("explain", explain, text="every verdict rule with the numbers behind it, for one trial",
                        takes="sweep", example="prefopt explain quickstart 0003 --at best --verdicts overfit_z=3")
-    reasoned.add_argument("trial", metavar="TRIAL", help="a trial's number, such as 0003")
+    reasoned.add_argument("trial", metavar="TRIAL", help="a trial's number, such as 3 or 0003")
     reasoned.add_argument("--at", choices=("best", "end"), default="end", help="at which evaluation (default: end)")
     reasoned.add_argument("--verdicts", action="append", default=[], metavar="THRESHOLD=VALUE",
                           help="judge with another threshold, such as overfit_z=3")

@@ -14,6 +14,8 @@ from prefopt_ray.measures.verdicts import Check, Reading, Thresholds, conclude, 
 from prefopt_ray.train.history import read_history
 from prefopt_ray.trial import Verdict
 
+LISTED = 20  # trials that an error names
+
 
 @dataclass(frozen=True)
 class Explanation:
@@ -28,13 +30,16 @@ class Explanation:
 
 
 def explain_trial(sweep: SweepRecord, trial_id: str, thresholds: Thresholds, *, at: str = "end") -> Explanation:
-    """The verdict at the trial's best evaluation, or at its end. Raises SweepError and CheckpointError."""
+    """The verdict at the trial's best evaluation, or at its end; `12` is trial 0012.
+
+    Raises SweepError and CheckpointError.
+    """
     trial = _find(sweep, trial_id)
     if trial.last is None or (at == "best" and trial.best_step < 0):
         rule = "has no valid evaluation after a step" if trial.last else "was never evaluated"
-        raise SweepError(Problem(sweep.folder.name, trial_id, "", rule, "see `prefopt show SWEEP --reasons`"))
+        raise SweepError(Problem(sweep.folder.name, trial.trial_id, "", rule, "see `prefopt show SWEEP --reasons`"))
     step = trial.best_step if at == "best" else trial.last.step
-    history = read_history(sweep.folder / "trials" / trial_id, trial.config).until(step)
+    history = read_history(sweep.folder / "trials" / trial.trial_id, trial.config).until(step)
     readings = read_rules(history, thresholds)
     recorded = trial.last.verdict_at_best if at == "best" else trial.last.verdict
     return Explanation(trial, at, step, conclude(readings, history, thresholds), recorded, readings)
@@ -73,9 +78,11 @@ def explanation_json(explanation: Explanation) -> dict[str, Any]:
 
 
 def _find(sweep: SweepRecord, trial_id: str) -> TrialRecord:
-    if trial_id in sweep.trials:
-        return sweep.trials[trial_id]
-    known = ", ".join(f"{trial.trial_id} ({trial.config.label})" for trial in sweep.trials.values()) or "none"
+    for written in (trial_id, trial_id.zfill(4)):  # tables show trials by their number
+        if written in sweep.trials:
+            return sweep.trials[written]
+    known = ", ".join(list(sweep.trials)[:LISTED]) or "none"
+    known += f" and {len(sweep.trials) - LISTED} more" if len(sweep.trials) > LISTED else ""
     rule = f"no such trial in {sweep.folder.name}"
     raise SweepError(Problem("command line", "TRIAL", repr(trial_id[:200]), rule, f"its trials: {known}"))
 

@@ -14,6 +14,7 @@ from typing import Any
 from prefopt_ray.answer import in_question
 from prefopt_ray.configurations import Configuration
 from prefopt_ray.errors import Problem, SweepError
+from prefopt_ray.judges.base import Tally
 from prefopt_ray.judges.completions import FOLDER
 from prefopt_ray.judges.tournament import JudgedCompetitor, Tournament, agreeing_pairs
 from prefopt_ray.ledger import SweepRecord
@@ -35,7 +36,7 @@ class Judgement:
     """One judge's word on a sweep. Without a tournament, `problem` says why."""
 
     judge: str
-    finalists: tuple[JudgedFinalist, ...]  # by score
+    finalists: tuple[JudgedFinalist, ...]  # in the answer's order
     tournament: Tournament | None = None
     problem: str = ""
     settings: Mapping[str, Any] = field(default_factory=dict)  # the spec's judge section
@@ -62,10 +63,12 @@ class Judgement:
         )
 
 
-def finalists_to_judge(sweep: SweepRecord, *, top: int) -> tuple[JudgedFinalist, ...]:
-    """The confirmed configurations, else the `top` ones in the answer's order and the baseline; those without a
-    valid score have nothing to show."""
-    return tuple(_finalist(configuration) for configuration in in_question(sweep, top=top))
+def finalists_to_judge(
+    sweep: SweepRecord, *, top: int, also_searched: bool = False
+) -> tuple[JudgedFinalist, ...]:
+    """The confirmed configurations (with `also_searched` the first `top` of the search too), else the `top` ones in the
+    answer's order and the baseline; those without a valid score have nothing to show."""
+    return tuple(_finalist(configuration) for configuration in in_question(sweep, top=top, also_searched=also_searched))
 
 
 def store(sweep: Path, judgement: Judgement) -> Path:
@@ -99,7 +102,8 @@ def judgement_lines(judgement: Judgement, *, best: str | None) -> list[str]:
         return [f"The judge {judgement.judge} gave no verdict: {judgement.problem}; `prefopt judge` asks again."]
     named = next((row for row in tournament.competitors if row.competitor == best), None)
     strongest = tournament.competitors[0]
-    baseline = next((row for row in tournament.competitors if judgement.finalist(row.competitor).baseline), None)
+    usual = next((f.trial_id for f in judgement.finalists if f.baseline), None)  # a confirmed one stands first
+    baseline = next((row for row in tournament.competitors if row.competitor == usual), None)
     shown = [("the best", named)] if named else []
     if strongest is not named:
         shown.append((f"the strongest, {_described(judgement, strongest)},", strongest))
@@ -109,7 +113,7 @@ def judgement_lines(judgement: Judgement, *, best: str | None) -> list[str]:
     alike, ordered = judgement.agreement
     order = f" It orders {alike} of {ordered} pairs of finalists as the sweep does." if ordered else ""
     return [f"By the judge {judgement.judge} ({strongest.judged} prompts), against the reference: {said}.{order}",
-            *_trouble_lines(tournament)]
+            *_trouble_lines(tournament), *_cost_lines(tournament.tally)]
 
 
 def _described(judgement: Judgement, row: JudgedCompetitor) -> str:
@@ -135,6 +139,14 @@ def _trouble_lines(tournament: Tournament) -> list[str]:
         lines.append(f"Note: {tournament.flipped} of {contests} verdicts changed with the order of the answers; they "
                      "count as ties, and this judge may not be able to tell these answers apart.")
     return lines
+
+
+def _cost_lines(tally: Tally) -> list[str]:
+    """What an endpoint took; a judge that is not paid by the call counts none."""
+    if not tally.asked + tally.cached:
+        return []
+    price = "" if tally.usd is None else f", for ${tally.usd:.2f}"
+    return [f"Note: the judge was called {tally.asked} times{price}; {tally.cached} answers came from the cache."]
 
 
 def _finalist(configuration: Configuration) -> JudgedFinalist:

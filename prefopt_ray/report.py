@@ -29,6 +29,9 @@ def answer_lines(sweep: SweepRecord, answer: Answer) -> list[str]:
                      "not scored on test yet, so this is optimistic and the order may change.")
     else:
         lines += _test_lines(answer)
+    name = answer.winner.config.evaluation.objective_name
+    if name != "gain" and answer.test_gain is not None:
+        lines.append(f"Note: trials were ranked by {name}; the comparisons above are of gain.")
     lines += _gold_lines(answer)
     lines += [line for judgement in stored_judgements(sweep.folder)
               for line in judgement_lines(judgement, best=answer.winner.trial_id)]
@@ -149,7 +152,8 @@ def _test_lines(answer: Answer) -> list[str]:
         lines += [f"  {_alike_line(one)}" for one in alike]
     elif len(answer.standings) > 1 and not answer.alike:
         kind = "configuration" if answer.of_configurations else "adapter"
-        lines.append(f"Every other {kind} is worse, beyond chance.")
+        lines.append(f"Every other {kind} is worse, beyond chance: the next in rank on test, those below on select, "
+                     "which also ranked them.")
     if answer.resolvable is not None:
         lines.append(f"These pairs show a difference of {answer.resolvable:.4f} four times in five. {_scope(answer)}")
     else:
@@ -235,7 +239,10 @@ def _verdict_on(answer: Answer) -> str:
 def _alike_line(alike: Alike) -> str:
     trial = alike.trial
     return (f"{trial.trial_id} {trial.config.label} at step {alike.configuration.best_step}: best minus this "
-            f"{_signed(alike.difference)} on {alike.part}")
+            f"{_signed(alike.difference)} on {_PARTS[alike.part]}")
+
+
+_PARTS = {"test": "test", "select": "select (of the search, whose pairs and seeds also selected)"}
 
 
 def _signed(difference: Difference) -> str:

@@ -4,7 +4,6 @@ Knows ledgers, per-pair evaluations and matplotlib; not how trials are run or wh
 """
 
 from collections.abc import Callable, Iterator
-from pathlib import Path
 
 import matplotlib as mpl
 import numpy as np
@@ -67,13 +66,16 @@ def paths(sweep: SweepRecord) -> Figure:
 
 
 def learning_rates(sweep: SweepRecord) -> Figure:
-    """The gain at the end against the learning rate; crosses are trials that diverged."""
+    """The last gain against the learning rate; rings are trials that ended early, crosses those that diverged."""
     figure, panels = _panels_by_loss(sweep, xlabel="learning rate", ylabel="gain on select at the end, bits per pair")
     for axes, trials in panels:
         axes.set_xscale("log")
-        whole = [trial for trial in trials if trial.end_state is not EndState.DIVERGED]
-        points = sorted((t.config.learning_rate, t.last.metrics["eval/gain"]) for t in whole if t.last)
-        _draw_curve(axes, points, BLUE, label="reached the end")
+        whole = [trial for trial in trials if trial.end_state is EndState.COMPLETED]
+        _draw_curve(axes, _last_gains(whole), BLUE, label="reached the end")
+        ended = [trial for trial in trials if trial.end_state not in (EndState.COMPLETED, EndState.DIVERGED, None)]
+        stopped = _last_gains([trial for trial in ended if trial.score >= 0])
+        if stopped:
+            axes.plot(*zip(*stopped), "o", color=GREY, fillstyle="none", label="stopped")
         broken = [(t.config.learning_rate, 0.0) for t in trials if t.end_state is EndState.DIVERGED]
         if broken:
             axes.plot(*zip(*broken), "x", color=ORANGE, label="diverged")
@@ -82,34 +84,18 @@ def learning_rates(sweep: SweepRecord) -> Figure:
 
 def bandit(sweep: SweepRecord) -> Figure:
     """The best action's probability against the step, one curve per temperature."""
+    from prefopt_ray.gold.bandit import bandit_policies
+
     comparisons = load_spec(sweep.folder / "spec.yaml").data.train.split
     figure, panels = _panels_by_loss(sweep, xlabel="optimizer step", ylabel="probability of the action a")
     for axes, trials in panels:
         axes.set_xscale("symlog", linthresh=10)
         axes.set_ylim(0, 1.02)
         for trial, colour in _coloured(trials):
-            policies = bandit_policies(sweep.folder / "trials" / trial.trial_id, comparisons)
+            log = EvaluationLog.load(sweep.folder / "trials" / trial.trial_id / "evaluations.safetensors")
+            policies = bandit_policies(log, comparisons)
             _draw_curve(axes, [(step, p[0]) for step, p in policies.items()], colour, label=_values_label(trial))
     return figure
-
-
-def bandit_policies(trial_folder: Path, comparisons: str) -> dict[int, np.ndarray]:
-    """Probabilities of the actions (3,) at each evaluation of a trial of the embedded bandit; NaN = never compared.
-
-    Rows are the comparisons in turn, so a row's number names its actions.
-    """
-    from prefopt_ray.gold.bandit import ACTIONS, COMPARISONS
-
-    log, observed = EvaluationLog.load(trial_folder / "evaluations.safetensors"), COMPARISONS[comparisons]
-    policies = {}
-    for step in log.steps("select"):
-        stats, policy = log.stats("select", step), np.full(len(ACTIONS), np.nan)
-        logps = np.exp(np.stack([stats.policy_chosen.numpy(), stats.policy_rejected.numpy()]))  # (2, N)
-        for row, (chosen, rejected) in zip(log.row_ids("select"), logps.T, strict=True):
-            winner, loser = observed[row % len(observed)]
-            policy[ACTIONS.index(winner)], policy[ACTIONS.index(loser)] = chosen, rejected
-        policies[step] = policy
-    return policies
 
 
 FIGURES: dict[str, Callable[[SweepRecord], Figure]] = {
@@ -166,6 +152,12 @@ def _reported(trial: TrialRecord, x: str, y: str) -> _Points:
     """(x, y) of every report that has both, in step order; x may be STEP."""
     rows = [{STEP: float(step), **trial.reports[step].metrics} for step in sorted(trial.reports)]
     return [(row[x], row[y]) for row in rows if x in row and y in row]
+
+
+def _last_gains(trials: list[TrialRecord]) -> _Points:
+    """(learning rate, gain at the last evaluation) of those that had one, by learning rate."""
+    curves = [(trial.config.learning_rate, _reported(trial, STEP, "eval/gain")) for trial in trials]
+    return sorted((rate, points[-1][1]) for rate, points in curves if points)
 
 
 def _draw_curve(axes: Axes, points: _Points, colour: str | tuple[float, ...], *, label: str) -> None:

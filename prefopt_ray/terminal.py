@@ -15,7 +15,7 @@ from rich.table import Table
 from rich.text import Text
 
 from prefopt_ray.answer import confirmation, ranking
-from prefopt_ray.calibration import Calibration, Correlation
+from prefopt_ray.calibration import FEW_TRIALS, Calibration, Correlation
 from prefopt_ray.judgement import Judgement
 from prefopt_ray.ledger import SweepRecord, TrialRecord
 from prefopt_ray.report import gold_rewards
@@ -127,32 +127,50 @@ def confirming(sweep: SweepRecord) -> list[TrialRecord]:
 def trial_table(trials: list[TrialRecord], *, title: str = "") -> Table:
     """One row per trial, 80 columns at most.
 
-    `best` is the gain at step `at`. With a gold reward there is its value at that step and at the end;
+    Behind a loss: its parameters beside beta whose values differ between its trials, which tell them apart. `best` is
+    the gain at step `at`. With a gold reward there is its value at that step and at the end;
     otherwise the accuracy at that step.
     """
     gold = any(gold_rewards(trial) for trial in trials)
     table = Table(title=title, title_justify="left", box=None, padding=(0, 1, 0, 0), pad_edge=False)
     # Words may be cut where the line is too long; a number with a digit missing would be another number.
-    words = {"loss": 8, "verdict": 9, "state": 9}
+    words = {"verdict": 9, "state": 9}
     seeds = len({trial.seed for trial in trials}) > 1
     if seeds:
         table.add_column("seed", justify="right", no_wrap=True)
     for name in ("#", "loss", "beta", "lr", "step", "best", "at", "gold at>end" if gold else "acc", "verdict", "state"):
-        if name in words:
-            # A loss is never cut: `sigmoid:js` and `sigmoid:alpha` would look the same. It takes a second line.
-            folds = name == "loss"
-            table.add_column(name, max_width=words[name], no_wrap=not folds, overflow="fold" if folds else "crop")
+        if name == "loss":
+            # Never cut: `sigmoid:js` and `sigmoid:alpha` would look the same. It alone gives way in a narrow terminal.
+            table.add_column(name, overflow="fold")
+        elif name in words:
+            table.add_column(name, max_width=words[name], no_wrap=True, overflow="crop")
         else:
             table.add_column(name, justify="right", no_wrap=True)
     if any(trial.unopposed for trial in trials):
         table.caption = "* passed a rung before any other trial was there"
         table.caption_justify = "left"
+    varied = _varied(trials)
     for trial in trials:
-        table.add_row(*([Text(str(trial.seed))] if seeds else []), *_cells(trial, gold=gold))
+        settings = [f"{name}={trial.config.loss_params[name]:.3g}" for name in varied[trial.config.loss]]
+        first = [Text(str(trial.seed))] if seeds else []
+        table.add_row(*first, *_cells(trial, loss=" ".join([trial.config.loss, *settings]), gold=gold))
     return table
 
 
-def _cells(trial: TrialRecord, *, gold: bool) -> list[Text]:
+def _varied(trials: list[TrialRecord]) -> dict[str, list[str]]:
+    """Per loss, the parameters other than beta that have more than one value among its trials."""
+    values: dict[str, dict[str, set[float]]] = {}
+    for trial in trials:
+        of_loss = values.setdefault(trial.config.loss, {})
+        for name, value in trial.config.loss_params.items():
+            of_loss.setdefault(name, set()).add(value)
+    return {
+        loss: [name for name, seen in of_loss.items() if name != "beta" and len(seen) > 1]
+        for loss, of_loss in values.items()
+    }
+
+
+def _cells(trial: TrialRecord, *, loss: str, gold: bool) -> list[Text]:
     last = trial.last
     best = trial.reports.get(trial.best_step)
     verdict = _verdict_word(last)
@@ -160,7 +178,7 @@ def _cells(trial: TrialRecord, *, gold: bool) -> list[Text]:
     rewards = ">".join(f"{value:.2f}" for value in gold_rewards(trial)) or "-"
     mark = "b" if trial.baseline else "*" if trial.unopposed else ""
     return [
-        Text(f"{trial.number}{mark}"), Text(trial.config.loss),
+        Text(f"{trial.number}{mark}"), Text(loss),
         Text(_beta(trial)), Text(short_rate(trial.config.learning_rate)),
         Text(str(last.step if last else 0)), Text(f"{trial.score:.4f}" if best else "-"),
         Text(str(trial.best_step) if best else "-"), Text(rewards if gold else accuracy),
@@ -245,7 +263,7 @@ def judgement_table(judgement: Judgement) -> Table:
         finalist = judgement.finalist(row.competitor)
         wins = f"{100 * row.win_rate:.1f} ({100 * row.win_low:.0f} to {100 * row.win_high:.0f})"
         known = row.strength_low is not None
-        bounds = f" ({row.strength_low:+.2f} to {row.strength_high:+.2f})" if known else ""
+        bounds = f" ({row.strength_low:+.2f} to {row.strength_high:+.2f})" if known else " (-)"
         table.add_row(
             row.competitor, Text(f"{finalist.label} @{finalist.step}{' baseline' if finalist.baseline else ''}"), wins,
             f"{row.strength:+.2f}{bounds}", f"{finalist.score:.4f}",
@@ -255,14 +273,19 @@ def judgement_table(judgement: Judgement) -> Table:
 
 def calibration_table(calibration: Calibration) -> Table:
     """One row per measure: its rank correlation with the judge."""
-    title = f"Spearman's rank correlation with {calibration.truth}, {calibration.trials} trials, 95 % intervals"
+    bounds = "too few trials for an interval" if calibration.trials < FEW_TRIALS else "95 % intervals"
+    title = f"Spearman's rank correlation with {calibration.truth}, {calibration.trials} trials, {bounds}"
     table = Table(title=Text(title), title_justify="left", box=SIMPLE)
-    for name in ("measure", "at the best step", "at all evaluations"):
+    for name in ("measure", "at the best step", "within each step"):
         table.add_column(name, justify="left" if name == "measure" else "right")
     for row in calibration.rows:
-        table.add_row(row.measure, _correlation(row.at_best), _correlation(row.pooled))
+        table.add_row(row.measure, _correlation(row.at_best), _correlation(row.within_steps))
     return table
 
 
 def _correlation(found: Correlation | None) -> str:
-    return "-" if found is None else f"{found.rho:+.2f} ({found.low:+.2f} to {found.high:+.2f}; n = {found.n})"
+    if found is None:
+        return "-"
+    bounds = "" if found.low is None else f"{found.low:+.2f} to {found.high:+.2f}; "
+    repeated = f", {found.evaluations} evaluations" if found.evaluations > found.trials else ""
+    return f"{found.rho:+.2f} ({bounds}{found.trials} trials{repeated})"

@@ -1,12 +1,13 @@
 """The answer: who is first, by how much, and what is not claimed."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 from sweep_folder import STEP, margins, write_sweep
 
-from prefopt_ray.answer import finalists, find_answer
+from prefopt_ray.answer import finalists, find_answer, to_confirm
 from prefopt_ray.report import answer_json, answer_lines, leaderboard
 
 
@@ -110,3 +111,24 @@ def test_a_finalist_that_could_not_be_scored_is_named(tmp_path: Path) -> None:
     sweep = write_sweep(tmp_path, {"base": 0.2, "good": 1.0}, tested=False)
     sweep.untested["good"] = "step-00000004/state.json: does not match its sha256"
     assert "could not be scored on test: step-00000004" in " ".join(answer_lines(sweep, find_answer(sweep)))
+
+
+def test_the_next_in_rank_is_scored_on_test_however_far_behind_on_select(tmp_path: Path) -> None:
+    sweep = write_sweep(tmp_path, {"base": 0.0, "first": 1.5, "second": 0.5, "third": 0.3}, pairs=800, tested=False)
+    assert [trial.trial_id for trial in finalists(sweep)] == ["first", "second", "base"]
+
+
+def test_a_baseline_that_ranks_first_is_confirmed_against_the_next(tmp_path: Path) -> None:
+    sweep = write_sweep(tmp_path, {"base": 1.0, "second": 0.5, "third": 0.3})
+    assert [c.trial_id for c in to_confirm(sweep, top=1)] == ["base", "second"]
+    assert [c.trial_id for c in to_confirm(sweep, top=2)] == ["base", "second", "third"]
+
+
+def test_a_gain_that_was_there_before_training_is_announced(tmp_path: Path) -> None:
+    sweep = write_sweep(tmp_path, {"base": 0.1, "first": 1.0})
+    assert not any("before any training" in warning for warning in find_answer(sweep).warnings)
+    first = sweep.trials["first"]
+    first.reports[0] = replace(first.reports[STEP], step=0, metrics={"eval/gain": 0.03, "eval/gain_se": 0.01})
+    assert any("0.0300 before any training" in warning for warning in find_answer(sweep).warnings)
+    first.reports[0] = replace(first.reports[0], metrics={"eval/gain": 0.01, "eval/gain_se": 0.01})
+    assert not any("before any training" in warning for warning in find_answer(sweep).warnings)

@@ -10,7 +10,9 @@ from tiny import tiny_worker, trial_config
 from train.runs import evaluated_at
 
 from prefopt_ray.cli import main
-from prefopt_ray.ledger import Ledger
+from prefopt_ray.errors import SweepError
+from prefopt_ray.explain import explain_trial
+from prefopt_ray.ledger import Ledger, read_sweep
 from prefopt_ray.spec import dump_spec
 from prefopt_ray.thresholds import Thresholds
 from prefopt_ray.train import train
@@ -73,15 +75,34 @@ def test_with_another_threshold_it_says_what_would_have_been_said(sweep, capsys)
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
-        (["0009"], "its trials: 0000 (sigmoid beta=0.1 lr=0.01), 0001"),
+        (["0009"], "got '0009'; no such trial in made-cafe (its trials: 0000, 0001)\n"),
+        (["1"], "0001: was never evaluated"),
         (["0001"], "was never evaluated"),
+        (["0000", "--verdicts", "overfit_zz=3"], "--verdicts overfit_zz=3 verdicts.overfit_zz: unknown key"),
         (["0000", "--verdicts", "overfit_zz=3"], "did you mean overfit_z?"),
+        (["0000", "--verdicts", "overfit_z"], "prefopt: --verdicts overfit_z: must be key=value"),
+        (["0000", "--verdicts", "overfit_z"], "(write --verdicts overfit_z=3)\n"),
         (["0000", "--verdicts", "overfit_evaluations=0"], "must be >= 1"),
     ],
 )
 def test_what_cannot_be_explained_is_refused_with_the_way_out(sweep, arguments: list[str], words: str, capsys) -> None:
     assert main(["explain", str(sweep[0]), *arguments]) == 2
     assert words in capsys.readouterr().err
+
+
+def test_a_trial_is_named_by_its_number_as_tables_print_it(sweep, capsys) -> None:
+    said = []
+    for name in ("0", "0000"):
+        assert main(["explain", str(sweep[0]), name]) == 0
+        said.append(capsys.readouterr().out)
+    assert said[0] == said[1]
+
+
+def test_of_many_trials_an_error_names_twenty(sweep) -> None:
+    record = read_sweep(sweep[0])
+    record.trials.update({f"{number:04d}": record.trials["0001"] for number in range(2, 23)})
+    with pytest.raises(SweepError, match=r"0018, 0019 and 3 more\)$"):
+        explain_trial(record, "0099", Thresholds())
 
 
 # -- thresholds in a spec ------------------------------------------------------------------------------

@@ -92,7 +92,8 @@ def test_json_is_one_document_with_what_the_text_says(capsys: pytest.CaptureFixt
 @pytest.mark.parametrize(("name", "says"), [
     ("sigmiod", "did you mean sigmoid?"), ("IPO_SUM", "did you mean ipo_sum?"), ("", "`prefopt losses` lists all"),
     ("sigmoid:kl", "a divergence is one of forward_kl, js, alpha"), ("nll", "a part of mixtures only"),
-    ("sigmoid+", "unknown loss"), ("\x1b[31m", "'\\x1b[31m'"),
+    ("rpo+nll", "rpo is sigmoid+nll (write sigmoid+nll)"), ("mpo+rebel", "(write sigmoid+bco+nll+rebel)"),
+    ("rpo+nothing", "an alias cannot be mixed"), ("sigmoid+", "unknown loss"), ("\x1b[31m", "'\\x1b[31m'"),
 ])
 def test_an_unknown_loss_is_refused_with_a_guess(capsys: pytest.CaptureFixture[str], name: str, says: str) -> None:
     code, out, err = run(capsys, name)

@@ -1,5 +1,6 @@
 """Figures of a sweep show what its trials reported and stored."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -10,8 +11,9 @@ from tiny import random_pairs, trial_config
 from prefopt_ray.cli import main
 from prefopt_ray.engine.base import ReferencedPairs
 from prefopt_ray.errors import SweepError
+from prefopt_ray.gold.bandit import bandit_policies
 from prefopt_ray.ledger import SweepRecord, TrialRecord
-from prefopt_ray.sweep_figures import FIGURES, bandit_policies, draw
+from prefopt_ray.sweep_figures import FIGURES, draw
 from prefopt_ray.train.evaluations import EvaluationLog
 from prefopt_ray.trial import EndState, Report, Verdict
 
@@ -62,6 +64,16 @@ def test_a_diverged_trial_is_a_cross_at_its_learning_rate():
     assert curves(axes) == {"reached the end": [(1e-3, 0.2)], "diverged": [(1.0, 0.0)]}
 
 
+def test_a_stopped_trial_is_a_ring_at_its_last_evaluation_and_did_not_reach_the_end():
+    stopped = trial(1, "sigmoid", 0.1, rate=1e-2, end=EndState.STOPPED_EARLY)
+    unevaluated = replace(stopped.reports[20], step=25, metrics={})  # how a trial ends between two evaluations
+    stopped.reports[25] = unevaluated
+    nothing = trial(2, "sigmoid", 0.1, rate=1e-1, end=EndState.FAILED)
+    nothing.reports.clear()
+    (axes,) = draw(sweep(trial(0, "sigmoid", 0.1), stopped, nothing), "learning_rates").axes
+    assert curves(axes) == {"reached the end": [(1e-3, 0.2)], "stopped": [(1e-2, 0.2)]}
+
+
 def test_a_figure_of_what_was_not_measured_is_refused_with_those_there_are():
     silent = trial(0, "sigmoid", 0.1)
     silent.reports.clear()
@@ -85,6 +97,6 @@ def test_the_bandits_policy_is_read_from_the_stored_log_probs(tmp_path: Path):
     told = [("a", "b"), ("b", "c"), ("a", "c")]
     log.add("select", 20, np.log([[policy[side] for side in told[row % 3]] for row in order]).astype(np.float32))
     log.save(tmp_path / "evaluations.safetensors")
-    assert bandit_policies(tmp_path, "total_order")[20] == pytest.approx([0.7, 0.2, 0.1])
-    log.save(tmp_path / "evaluations.safetensors")
-    assert np.isnan(bandit_policies(tmp_path, "contradiction")[20][2])
+    stored = EvaluationLog.load(tmp_path / "evaluations.safetensors")
+    assert bandit_policies(stored, "total_order")[20] == pytest.approx([0.7, 0.2, 0.1])
+    assert np.isnan(bandit_policies(stored, "contradiction")[20][2])

@@ -9,6 +9,7 @@ auto classes; `prepare` imports it, so they load in every worker.
 from itertools import cycle, islice
 from pathlib import Path
 
+import numpy as np
 import torch
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from torch import Tensor, nn
@@ -25,6 +26,7 @@ from transformers.modeling_outputs import BaseModelOutput, CausalLMOutput
 
 from prefopt_ray.errors import DataError, Problem
 from prefopt_ray.gold.base import appearing_whole
+from prefopt_ray.train.evaluations import EvaluationLog
 
 ACTIONS: tuple[str, ...] = ("a", "b", "c")
 COMPARISONS: dict[str, tuple[str, ...]] = {  # winner, loser; D1 to D3 are the paper's
@@ -70,6 +72,22 @@ def ensure_bandit(cache: Path) -> Path:
             BanditPolicy(BanditConfig()).save_pretrained(building)
             bandit_tokenizer().save_pretrained(building)
     return folder
+
+
+def bandit_policies(log: EvaluationLog, comparisons: str) -> dict[int, np.ndarray]:
+    """Probabilities of the actions (3,) at each evaluation of a trial; NaN = never compared.
+
+    Rows are the comparisons in turn, so a row's number names its actions.
+    """
+    observed, policies = COMPARISONS[comparisons], {}
+    for step in log.steps("select"):
+        stats, policy = log.stats("select", step), np.full(len(ACTIONS), np.nan)
+        probabilities = np.exp(np.stack([stats.policy_chosen.numpy(), stats.policy_rejected.numpy()]))  # (2, N)
+        for row, (chosen, rejected) in zip(log.row_ids("select"), probabilities.T, strict=True):
+            winner, loser = observed[row % len(observed)]
+            policy[ACTIONS.index(winner)], policy[ACTIONS.index(loser)] = chosen, rejected
+        policies[step] = policy
+    return policies
 
 
 def bandit_tokenizer() -> PreTrainedTokenizerFast:

@@ -9,7 +9,9 @@ import hashlib
 import importlib
 import importlib.util
 import inspect
+import os
 import sys
+import traceback
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,13 +22,17 @@ import numpy as np
 
 from prefopt_ray.errors import JudgeError, Problem
 from prefopt_ray.gold.scorer import GoldScorer
-from prefopt_ray.judges.base import Advance, Judge, Preferences, Prompt
+from prefopt_ray.judges.base import Advance, Preferences, Prompt, silent
 from prefopt_ray.train.scorers import Completion
 
 Function = Callable[..., Any]
 
+# What the check asks about: letters, which the embedded task's reward can read too.
+_TRIED = (Prompt("a b c d"), Prompt("e f g h"))
+_ANSWERS = (Completion("i j k l m", 5, finished=True), Completion("n o p", 3, finished=False))
 
-def open_function(written: str) -> Judge:
+
+def open_function(written: str) -> "FunctionScores | FunctionPreferences":
     """The judge of `package.module:function` or `FILE.py:function`.
 
     Modules are looked for in the current folder too. Raises JudgeError when it cannot be imported or takes neither
@@ -39,7 +45,9 @@ def open_function(written: str) -> Judge:
             found = getattr(found, name)
     except Exception as error:  # noqa: BLE001 - a stranger's module may raise anything while it is imported
         fix = "name a module that Python can import from here, or a file: judges.py:score"
-        raise JudgeError(_problem(written, f"{type(error).__name__}: {error}", "cannot be imported", fix)) from error
+        said = f"{type(error).__name__}: {error}".replace(_own_name(Path(place)), place)
+        rule = f"cannot be imported{_line_in(os.path.abspath(place), error)}"
+        raise JudgeError(_problem(written, said, rule, fix)) from error
     arguments = _required_arguments(found)
     if arguments == 2:
         return FunctionScores(function_name(written), found)
@@ -50,6 +58,15 @@ def open_function(written: str) -> Judge:
         "must take (prompts, completions) and return scores, or (prompts, first, second) and return preferences",
         "give further arguments defaults",
     ))
+
+
+def check_function(written: str) -> None:
+    """Import it and ask it once about two made-up prompts. Raises JudgeError."""
+    judge = open_function(written)
+    if isinstance(judge, FunctionScores):
+        judge.score(_TRIED, _ANSWERS, advance=silent)
+    else:
+        judge.prefer(_TRIED, _ANSWERS, _ANSWERS[::-1], advance=silent)
 
 
 def function_name(written: str) -> str:
@@ -114,7 +131,7 @@ def _module(place: str) -> ModuleType:
 
 def _module_of_file(file: Path) -> ModuleType:
     """Under a name of its own, so that a judges.py hides no other module."""
-    name = f"prefopt_judge_{hashlib.sha256(str(file).encode()).hexdigest()[:12]}"
+    name = _own_name(file)
     spec = importlib.util.spec_from_file_location(name, file)
     if spec is None or spec.loader is None or not file.is_file():
         raise FileNotFoundError(f"no file {file}")
@@ -122,6 +139,10 @@ def _module_of_file(file: Path) -> ModuleType:
     sys.modules[name] = module  # dataclasses and pickle look a module up by its name
     spec.loader.exec_module(module)
     return module
+
+
+def _own_name(file: Path) -> str:
+    return f"prefopt_judge_{hashlib.sha256(str(file).encode()).hexdigest()[:12]}"
 
 
 def _required_arguments(found: Any) -> int | None:
@@ -137,7 +158,15 @@ def _called(name: str, function: Function, *arguments: Any) -> Any:
     try:
         return function(*arguments)
     except Exception as error:
-        raise JudgeError(_problem(name, f"{type(error).__name__}: {error}", "the judge raised", "")) from error
+        module = sys.modules.get(getattr(function, "__module__", ""))
+        rule = f"the judge raised{_line_in(getattr(module, '__file__', None), error)}"
+        raise JudgeError(_problem(name, f"{type(error).__name__}: {error}", rule, "")) from error
+
+
+def _line_in(file: str | None, error: Exception) -> str:
+    """` at judges.py:12`, the last line of that file on the way to the error; empty where it was never there."""
+    lines = [frame.lineno for frame in traceback.extract_tb(error.__traceback__) if frame.filename == file]
+    return f" at {Path(file).name}:{lines[-1]}" if lines else ""
 
 
 def _numbers(name: str, given: Any, count: int) -> np.ndarray:
@@ -145,13 +174,23 @@ def _numbers(name: str, given: Any, count: int) -> np.ndarray:
     try:
         numbers = np.asarray(given, dtype=np.float64)
     except (TypeError, ValueError) as error:
-        raise JudgeError(_problem(name, repr(given)[:80], "must return numbers", "")) from error
+        raise JudgeError(_problem(name, repr(_no_number(given))[:80], "must return numbers", "")) from error
     if numbers.shape != (count,):
         raise JudgeError(_problem(name, f"shape {numbers.shape}", f"must return one number per prompt, ({count},)", ""))
     if not np.isfinite(numbers).all():
         found = f"{int((~np.isfinite(numbers)).sum())} of {count}"
         raise JudgeError(_problem(name, found, "must return finite numbers", ""))
     return numbers
+
+
+def _no_number(given: Any) -> Any:
+    """The first value that is none, or all of it where it is no list."""
+    for value in given if isinstance(given, list | tuple) else ():
+        try:
+            float(value)
+        except (TypeError, ValueError):
+            return value
+    return given
 
 
 def _problem(name: str, found: str, rule: str, fix: str) -> Problem:

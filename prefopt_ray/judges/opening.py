@@ -4,7 +4,7 @@ from pathlib import Path
 
 from prefopt_ray.judges.base import Judge
 from prefopt_ray.judges.endpoint import Endpoint
-from prefopt_ray.judges.functions import GoldJudge, function_name, open_function
+from prefopt_ray.judges.functions import GoldJudge, check_function, function_name, open_function
 from prefopt_ray.judges.reward_model import RewardModel, check_reward_model
 from prefopt_ray.spec.sections import JudgeSpec
 
@@ -25,7 +25,7 @@ def check_judge(spec: JudgeSpec) -> None:
     if spec.reward_model is not None:
         check_reward_model(spec.reward_model)
     elif spec.callable is not None:
-        open_function(spec.callable)
+        check_function(spec.callable)
     else:
         Endpoint(spec.endpoint, cache=None).check()
 

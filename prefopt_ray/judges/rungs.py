@@ -12,7 +12,6 @@ from pathlib import Path
 
 import numpy as np
 
-from prefopt_ray.errors import PrefoptError
 from prefopt_ray.judges.base import Judge, Prompt
 from prefopt_ray.judges.opening import open_judge
 from prefopt_ray.judges.tournament import compare
@@ -63,8 +62,8 @@ class RungJudge:
             log.warning("the judge %s was not ready in %g s; this evaluation has no win rate", self._judge.name,
                         self._time_limit_s)
             return nothing
-        if isinstance(work.error, PrefoptError):
-            log.warning("this evaluation has no win rate: %s", work.error)
+        if isinstance(work.error, Exception):
+            log.warning("this evaluation has no win rate: %s: %s", type(work.error).__name__, work.error)
             return nothing
         if work.error is not None:
             raise work.error

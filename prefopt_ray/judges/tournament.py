@@ -55,7 +55,7 @@ class JudgedCompetitor:
     win_high: float
     judged: int  # prompts with a verdict against the reference
     strength: float
-    strength_low: float | None  # None: not known (one prompt)
+    strength_low: float | None  # None: not known (one prompt, or nothing but ties behind it)
     strength_high: float | None
 
 
@@ -79,9 +79,6 @@ class Tournament:
         fields["competitors"] = tuple(JudgedCompetitor(**row) for row in fields["competitors"])
         fields["contests"] = tuple(Contest(**row) for row in fields["contests"])
         return cls(**{**fields, "tally": Tally(**fields["tally"])})
-
-    def of(self, competitor: str) -> JudgedCompetitor | None:
-        return next((row for row in self.competitors if row.competitor == competitor), None)
 
 
 @dataclass(frozen=True)
@@ -174,8 +171,16 @@ def _competitor(
 ) -> JudgedCompetitor:
     met = next(c for c in contests if c.first == names[place] and c.second == REFERENCE_NAME)
     strength, *bounds = strengths.gap(place, len(names) - 1)
-    low, high = (bound if np.isfinite(bound) else None for bound in bounds)
+    low, high = bounds if _is_evidence(*bounds) else (None, None)
     return JudgedCompetitor(names[place], met.win_rate, *met.interval(), met.judged, strength, low, high)
+
+
+def _is_evidence(low: float, high: float) -> bool:
+    """Ties alone leave an interval of no width; they show a judge that cannot decide, not that two are equal."""
+    return bool(np.isfinite(high - low)) and high - low > _NO_WIDTH
+
+
+_NO_WIDTH = 1e-6  # logits; the fit stops at steps of 1e-10
 
 
 def _no_verdict(judge: Judge, tally: Tally) -> Problem:

@@ -77,6 +77,8 @@ def _keep_usual(margins: Tensor, row_ids: Tensor, *, share: float, state: Mappin
 
     Gumbel top-k draws exactly so; its noise comes from (step, row id), so neither order nor resuming changes it.
     """
+    # A batch that straddles two epochs can hold a row twice: both copies get the same noise, and are mostly kept or
+    # left out together. Telling them apart by position would make the draw depend on the order of the batch.
     z = (margins - state["margin_mean"]) / max(state["margin_std"], SMALLEST_DEVIATION)
     noise = torch.tensor([_gumbel(int(state["steps"]), row) for row in row_ids.tolist()], dtype=torch.float64)
     count = max(1, int(len(margins) * share + 1e-9))

@@ -62,7 +62,7 @@ class LossCard:
     needs: frozenset[str]  # of reference, lengths, per_token, token_sq, distribution, mismatched, scores
     reward: str
     beta_unit: str
-    loss_at_start: Callable[[Mapping[str, float]], float] | None  # L0, policy == reference; None = measured at step 0
+    loss_at_start: Callable[[Mapping[str, float]], float] | None  # L0, policy == reference; None = measured
     learning_rate_lora: Range
     learning_rate_full: Range
     bradley_terry: bool  # -log sigma of the scaled reward: calibration is meaningful

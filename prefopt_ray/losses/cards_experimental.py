@@ -105,7 +105,9 @@ _PAIRWISE = (
                       meaning="width of the switch between the two parts")),
         needs=REFERENCE, reward="sum", beta_unit=PER_NAT, loss_at_start=_discopop_start, **DPO_RATES,
         bradley_terry=False, experimental=True, trl="discopop",
-        note="Not convex: it rises at u = 0 at first, so margins may go negative early; that is no fault.",
+        note="Not convex: from u = 0 it descends into a local minimum at u = -0.12 (tau 0.05), where pairs are ranked "
+             "the wrong way round, and may stay there; only beyond u = 0.07 does it pull upwards. Look at "
+             "probe/rewards/accuracy. From tau 0.11 on there is no such minimum.",
     ),
     LossCard(
         name="dpop", title="DPO-Positive", formula="-log sigma(beta (h - lambda max(0, -Dc)))",
@@ -115,6 +117,9 @@ _PAIRWISE = (
                       meaning="penalty on a chosen completion below its reference likelihood")),
         needs=REFERENCE, reward="sum", beta_unit=PER_NAT, loss_at_start=ln2, **DPO_RATES,
         bradley_terry=False, experimental=True, trl="none",
+        note="train/loss_norm is not scale-free here: the loss grows by beta x lambda (15 at the defaults) for every "
+             "nat that a chosen completion falls, so 0.07 nats double it. A large value alone is no divergence, but "
+             "the verdict reads it so unless a spec raises verdicts: {loss_norm_limit: ...}.",
     ),
     LossCard(
         name="rdpo", title="R-DPO, length-regularised", formula="-log sigma(u + alpha (|yc| - |yr|))",

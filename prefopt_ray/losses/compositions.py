@@ -1,7 +1,8 @@
 """Losses made of others by name: `<loss>:<divergence>` and `<loss>+<loss>[+...]`. Cards only, no torch.
 
 A divergence replaces the log-ratio D by f'(e^D) (f-DPO, arXiv:2309.16240), with the constants TRL keeps.
-A mixture is a weighted sum; its parts share beta, as in TRL. `links` and `formulas` compute both.
+A mixture is a weighted sum; its parts share beta, as in TRL. `links` and `formulas` compute both. The order of
+its parts decides whose reward, learning rate and defaults it takes, never its weights.
 """
 
 from collections.abc import Callable, Mapping
@@ -11,10 +12,11 @@ from prefopt_ray.losses.card import LossCard, Param, Range
 from prefopt_ray.losses.card_parts import EXPONENT_LIMIT
 
 ALIASES = {"rpo": "sigmoid+nll", "mpo": "sigmoid+bco+nll"}
-_WEIGHTS = {"sigmoid+bco+nll": (0.8, 0.2, 1.0)}  # MPO's, arXiv:2411.10442; every other part weighs 1
+_RPO, _MPO = frozenset({"sigmoid", "nll"}), frozenset({"sigmoid", "bco", "nll"})
+_WEIGHTS = {_MPO: {"sigmoid": 0.8, "bco": 0.2, "nll": 1.0}}  # arXiv:2411.10442; in every other mixture parts weigh 1
 _SOURCES = {
-    "sigmoid+nll": "Pang et al. 2024, arXiv:2404.19733 (alpha = nll_weight = 1, NLL averaged over tokens)",
-    "sigmoid+bco+nll": "Wang et al. 2024, arXiv:2411.10442 (w_p .8, w_q .2, w_g 1)",
+    _RPO: "Pang et al. 2024, arXiv:2404.19733 (alpha = nll_weight = 1, NLL averaged over tokens)",
+    _MPO: "Wang et al. 2024, arXiv:2411.10442 (w_p .8, w_q .2, w_g 1)",
 }
 _SHARED = frozenset({"beta", "label_smoothing", "divergence_alpha"})  # mean the same in every part
 
@@ -86,7 +88,8 @@ def _mixture(cards: list[LossCard]) -> LossCard:
     rewarded = [card for card in cards if card.reward]
     if not rewarded:
         raise KeyError(f"{name}: a mixture needs a part that prefers")
-    weights = _WEIGHTS.get(name, (1.0,) * len(cards))
+    parts = frozenset(card.name for card in cards)
+    weights = _WEIGHTS.get(parts, dict.fromkeys(parts, 1.0))
     terms = [f"{weight_name(card.name)} x [{card.formula}]" for card in cards]
     lead = rewarded[0]
     return replace(
@@ -94,8 +97,9 @@ def _mixture(cards: list[LossCard]) -> LossCard:
         name=name,
         title=" + ".join(card.title for card in cards),
         formula=" + ".join(terms),
-        source=_SOURCES.get(name, "; ".join(card.source for card in cards)),
-        params=(*_shared_params(name, cards), *map(_weight, cards, weights)),
+        source=_SOURCES.get(parts, "; ".join(card.source for card in cards)),
+        params=(*_shared_params(name, cards), *(_weight(card, weights[card.name]) for card in cards)),
+        beta_unit=next((card.beta_unit for card in cards if "beta" in card.param_names), lead.beta_unit),
         needs=frozenset().union(*(card.needs for card in cards)),
         loss_at_start=_weighted_start(cards),
         bradley_terry=False,
@@ -106,8 +110,17 @@ def _mixture(cards: list[LossCard]) -> LossCard:
         aliases=tuple(alias for alias, full in ALIASES.items() if full == name),
         clamp="; ".join(f"{card.name}: {card.clamp}" for card in cards if card.clamp),
         trl="; ".join(f"{card.name}: {card.trl}" for card in cards if card.trl),
-        note=f"Reward and learning rate are those of {lead.name}; beta is shared by all parts that read it.",
+        note=f"Reward and learning rate are those of {lead.name}; {_shared_beta(cards)}",
     )
+
+
+def _shared_beta(cards: list[LossCard]) -> str:
+    """Whose beta it is, and a warning where the parts count it in different units."""
+    units = {card.name: card.beta_unit for card in cards if "beta" in card.param_names}
+    if len(set(units.values())) < 2:
+        return "beta is shared by all parts that read it."
+    each = "; ".join(f"{name}: {unit}" for name, unit in units.items())
+    return f"beta is shared by {' and '.join(units)} though its unit differs: {each}."
 
 
 def _weight(card: LossCard, default: float) -> Param:
@@ -118,12 +131,27 @@ def _weight(card: LossCard, default: float) -> Param:
 
 def _shared_params(name: str, cards: list[LossCard]) -> tuple[Param, ...]:
     """The parts' own parameters, shared ones once. Raises KeyError when one name would mean two things."""
-    params: dict[str, Param] = {}
+    found: dict[str, list[Param]] = {}
     for param in (param for card in cards for param in card.params):
-        known = params.setdefault(param.name, param)
-        if known is not param and (param.name not in _SHARED or known.rule != param.rule):
-            raise KeyError(f"{name}: two parts read {param.name}, and mean different things by it")
-    return tuple(params.values())
+        found.setdefault(param.name, []).append(param)
+    for param_name, same in found.items():
+        if len(same) > 1 and param_name not in _SHARED:
+            raise KeyError(f"{name}: two parts read {param_name}, and mean different things by it")
+    return tuple(_within_all_bounds(name, same) for same in found.values())
+
+
+def _within_all_bounds(name: str, same: list[Param]) -> Param:
+    """The first of them that keeps every part's bounds, with the tightest ones. Raises KeyError if none does."""
+    for param in same:
+        if all(other.allows(value) for other in same for value in (param.default, param.usual.low, param.usual.high)):
+            low, high = max(p.lower for p in same), min(p.upper for p in same)
+            return replace(
+                param, lower=low, upper=high,
+                lower_inclusive=all(p.lower_inclusive for p in same if p.lower == low),
+                upper_inclusive=all(p.upper_inclusive for p in same if p.upper == high),
+            )  # fmt: skip
+    rules = "; ".join(p.rule for p in same)
+    raise KeyError(f"{name}: no part's usual {same[0].name} keeps the bounds of all parts ({rules})")
 
 
 def _weighted_start(cards: list[LossCard]) -> Callable[[Mapping[str, float]], float] | None:

@@ -82,21 +82,6 @@ class Strengths:
         return math.inf if math.isinf(self.quantile) else self.quantile * math.sqrt(max(0.0, variance))
 
 
-def head_to_head(scores: np.ndarray, players: Sequence[str], *, prompts: np.ndarray | None = None) -> Comparisons:
-    """Every player against every other on each prompt: the higher of two scores (K, N) wins, equal ones tie.
-
-    prompts (N,) names each column's prompt, and clusters by it; None = each column is a prompt of its own.
-    """
-    count = scores.shape[1]
-    columns = np.arange(count) if prompts is None else np.asarray(prompts)
-    first, second = np.triu_indices(len(players), k=1)
-    differences = scores[first] - scores[second]  # (K (K - 1) / 2, N)
-    return Comparisons(
-        players=tuple(players), first=np.repeat(first, count), second=np.repeat(second, count),
-        scores=(0.5 + 0.5 * np.sign(differences)).ravel(), clusters=np.tile(columns, len(first)),
-    )  # fmt: skip
-
-
 def fit_strengths(
     comparisons: Comparisons, *, prior_variance: float | None = PRIOR_VARIANCE, confidence: float = 0.95
 ) -> Strengths:

@@ -13,6 +13,7 @@ from prefopt_ray.spec.yaml_source import Node, Origin, describe, read_file, read
 
 KeyPath = tuple[str, ...]
 
+SET_EXAMPLE = "write --set training.steps=100"
 PARTS = ("train", "select", "test")
 DATA_ENDINGS = tuple(kind + gz for kind in (".json", ".jsonl", ".ndjson", ".csv", ".parquet") for gz in ("", ".gz"))
 
@@ -199,8 +200,8 @@ def _parse_override(line: str) -> tuple[KeyPath, Node]:
     key, equals, text = line.partition("=")
     path = tuple(part.strip() for part in key.split("."))
     if not equals or not all(path):
-        fix = "write --set training.steps=100"
-        raise SpecError(Problem(f"--set {line}", "", "", "must be key=value, the key's parts joined by dots", fix))
+        rule = "must be key=value, the key's parts joined by dots"
+        raise SpecError(Problem(f"--set {line}", "", "", rule, SET_EXAMPLE))
     return path, read_value(text, origin)
 
 

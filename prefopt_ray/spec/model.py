@@ -64,7 +64,7 @@ from prefopt_ray.trial import (
 # Gold completions have about 8 tokens, so the same drift of a whole completion is more per token.
 GOLD_DRIFT_LIMIT = 0.5  # nats per token
 # `objective.metric` as the metric of a report. A win rate counts by its lower bound: luck on few prompts ranks low.
-OBJECTIVES = {"gain": EvaluationConfig.objective, "judge": "judge/win_lcb", "gold": "gold/win_low"}
+OBJECTIVES = {"gain": EvaluationConfig.objective, "judge": "judge/win_lcb", "gold": "gold/win_lcb"}
 # The method everybody knows with its paper's beta.
 DEFAULT_BASELINE = Baseline("sigmoid", {})
 

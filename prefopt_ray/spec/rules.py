@@ -11,6 +11,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from prefopt_ray.losses.cards import CARDS, LossCard, closest_loss, find_card
+from prefopt_ray.losses.cards_used import NLL
+from prefopt_ray.losses.compositions import ALIASES
 from prefopt_ray.spec.layers import UNREAD
 from prefopt_ray.spec.sections import (
     BANDIT,
@@ -69,6 +71,10 @@ def unknown_loss(written: str) -> tuple[str, str]:
         _, is_explained, why = str(error.args[0]).partition(": ")
         if is_explained:
             return why, ""
+    if written == NLL.name:
+        return "nll is a part of mixtures only, such as sigmoid+nll", ""
+    if any(part in ALIASES for part in written.split("+")):
+        return _mixed_alias(written)
     used = ", ".join(name for name, card in CARDS.items() if not card.experimental)
     return f"unknown loss; widely used are {used}; `prefopt losses` lists all", _meant_loss(written)
 
@@ -379,9 +385,15 @@ def _readable(card: LossCard) -> tuple[str, ...]:
     return (*card.param_names, LEARNING_RATE)
 
 
+def _mixed_alias(written: str) -> tuple[str, str]:
+    """(rule, fix) where `rpo` or `mpo`, which are mixtures, stand as a part of one."""
+    parts = written.split("+")
+    aliases = " and ".join(f"{part} is {ALIASES[part]}" for part in dict.fromkeys(parts) if part in ALIASES)
+    spelled = "+".join(dict.fromkeys("+".join(ALIASES.get(part, part) for part in parts).split("+")))  # each loss once
+    return f"an alias cannot be mixed: {aliases}", f"write {spelled}" if _card(spelled) else "write their parts"
+
+
 def _meant_loss(written: str) -> str:
-    if written == "nll":
-        return "it is a part of mixtures only, such as sigmoid+nll"
     close = closest_loss(written.lower())
     meant = _card(close) if close else None
     if meant is None:

@@ -1,8 +1,8 @@
 """What a sweep looks like in MLflow: one parent run, one child run per trial for life.
 
-Turns the driver's events into journaled operations under DESIGN.md's names; what was said before is read back
-from the journal, so a resumed driver or trial repeats nothing. Imports no mlflow and never waits for a server.
-Called from one thread, the driver's; it does not decide anything about a trial.
+Turns the driver's events into journaled operations under the metric names used everywhere; what was said before
+is read back from the journal, so a resumed driver or trial repeats nothing. Imports no mlflow and never waits for a
+server. Called from one thread, the driver's; it does not decide anything about a trial.
 """
 
 import getpass
@@ -30,7 +30,7 @@ from prefopt_ray.tracking.operations import (
     SetStatus,
 )
 from prefopt_ray.tracking.views import best_view
-from prefopt_ray.trial import EndState, Report, StepPoint, TrialConfig, unpack_points
+from prefopt_ray.trial import EndState, EvaluationConfig, Report, StepPoint, TrialConfig, unpack_points
 
 RUNNING = "running"  # the tag end_state of a trial that has not ended
 SUMMARY_STEP = 0  # headline values are not series; MLflow shows the latest by (step, time)
@@ -145,7 +145,9 @@ class SweepTracker:
             tags={
                 "end_state": end_state.value,
                 "stop_reason": reason,
-                "mlflow.note.content": _note(report, end_state, reason)[:NOTE_CHARACTERS],
+                "mlflow.note.content": _note(
+                    report, end_state, reason, objective=self._said.objective(trial_id)
+                )[:NOTE_CHARACTERS],
                 **(tags or {}),
             },
             summary={name: _rounded(value) for name, value in headline.items()},
@@ -170,6 +172,10 @@ class SweepTracker:
         for rank, trial_ids in enumerate(configurations_in_order, start=1):
             for trial_id in trial_ids:
                 self._say_new(trial_id, summary={"rank": rank})
+
+    def tested(self, trial_id: str, values: Mapping[str, float]) -> None:
+        """What the test part says of a finalist, as metrics of its run."""
+        self._say_new(trial_id, summary=values)
 
     def adapter(self, trial_id: str, folder: Path) -> None:
         """Upload an exported adapter as `adapter/`. The folder must stay until it is delivered."""
@@ -327,6 +333,10 @@ class _Said:
         self.tags |= {(key, name): value for name, value in operation.tags.items()}
         self.dropped[key] += operation.dropped
 
+    def objective(self, key: str) -> str:
+        """What ranks this trial, in a word."""
+        return "gain" if self.params.get((key, "evaluation.objective")) == EvaluationConfig.objective else "objective"
+
     def fresh_points(self, key: str, points: Iterable[StepPoint]) -> list[StepPoint]:
         """Values beyond the last step of their series: a trial resumed from a checkpoint repeats a stretch."""
         last: dict[str, int] = defaultdict(lambda: -1)
@@ -399,15 +409,15 @@ def _verdict_tags(report: Report) -> dict[str, str]:
     return tags
 
 
-def _note(report: Report | None, end_state: EndState, reason: str) -> str:
+def _note(report: Report | None, end_state: EndState, reason: str, *, objective: str) -> str:
     """The run's description; its first line is plain text because MLflow's table shows it unrendered."""
     state = end_state.value.replace("_", " ")
     if report is None:
         return f"{state} before its first evaluation\n\n{reason}"
     onset = f" from step {report.verdict.onset_step}" if report.verdict.onset_step is not None else ""
-    best = "no valid gain"
+    best = f"no valid {objective}"
     if report.best_step >= 0:
-        best = f"best gain {report.best_so_far:.4g} at step {report.best_step}"
+        best = f"best {objective} {report.best_so_far:.4g} at step {report.best_step}"
     first = f"{report.verdict.headline}{onset}; {state} at step {report.step}; {best}"
     at_best = ""
     if report.best_step >= 0 and report.verdict_at_best != report.verdict:

@@ -128,10 +128,10 @@ class SampleEvaluator:
         scores = Scores(scorer.score(*self._texts(samples)), usual.scores[scorer.name])
         view.log.put(f"samples/{scorer.name}/policy/{view.step:08d}", scores.policy)
         view.log.put(f"samples/{scorer.name}/reference", scores.reference)
-        low, high = wilson_interval(float(scores.wins.sum()), len(scores.wins))
+        low, _ = wilson_interval(float(scores.wins.sum()), len(scores.wins))
         return {
             f"{scorer.name}/reward": float(scores.policy.mean()), f"{scorer.name}/win_rate": float(scores.wins.mean()),
-            f"{scorer.name}/win_low": low, f"{scorer.name}/win_high": high,
+            f"{scorer.name}/win_lcb": low,
         }
 
     def _judged(

@@ -13,9 +13,11 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import torch
 from torch import Tensor
 
-from prefopt_ray.engine.base import ReferencedPairs, StepOutcome
+from prefopt_ray.engine.base import ReferencedPairs, StepOutcome, pair_stats
 from prefopt_ray.errors import CheckpointError
 from prefopt_ray.losses.cards import find_card
 from prefopt_ray.losses.formulas import loss_function
@@ -253,8 +255,23 @@ class TrialState:
 
     def _analytic_start(self) -> float | None:
         if self.card.loss_at_start is None or not self._worker.reference_is_start:
-            return None  # measured at step 0
+            return self._start_on_data()
         return self.card.loss_at_start(self.config.loss_params)
+
+    def _start_on_data(self) -> float | None:
+        """The mean loss of the whole train part while the policy is its reference, for a loss that reads scores or
+        prefixes: evaluations do not compute it, and one batch is no scale. None: measured at step 0, or, where nothing
+        else can, on the first batch."""
+        read = self.card.needs - {"reference", "lengths"}
+        if not read or not read <= {"per_token", "scores"} or not self._worker.reference_is_start:
+            return None
+        untouched = torch.as_tensor(np.array(self._train.reference))
+        stats = pair_stats(self._train, untouched)
+        if "per_token" in read:
+            stats = replace(stats, policy_chosen_prefix=stats.reference_chosen_prefix,
+                            policy_rejected_prefix=stats.reference_rejected_prefix)
+        losses, _ = self._formula(stats, self.config.loss_params, None)
+        return float(losses.double().mean())
 
     @property
     def _start(self) -> float:

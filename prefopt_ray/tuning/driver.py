@@ -369,9 +369,16 @@ def stop_reason(decision: Decision, trial: TrialRecord) -> str:
     """One line for tables: where, why, by how much."""
     if decision.cutoff is None:
         return f"step {decision.rung}: {decision.reason}"
-    value = f"{trial.config.evaluation.objective_name} {decision.value:.4f}"
+    digits = _digits_apart(decision.value, decision.cutoff)
+    value = f"{trial.config.evaluation.objective_name} {decision.value:.{digits}f}"
     value = f"mean {value} of {len(decision.seeds)} seeds" if decision.seeds else value
-    return f"rung at step {decision.rung}: {value} {decision.reason} {decision.cutoff:.4f} ({decision.recorded} there)"
+    cutoff = f"{decision.cutoff:.{digits}f}"
+    return f"rung at step {decision.rung}: {value} {decision.reason} {cutoff} ({decision.recorded} there)"
+
+
+def _digits_apart(value: float, cutoff: float) -> int:
+    """Decimals to print: four, or as many as it takes to see which of two different numbers is larger."""
+    return next((digits for digits in range(4, 18) if f"{value:.{digits}f}" != f"{cutoff:.{digits}f}"), 4)
 
 
 def headline_values(trial: TrialRecord) -> Mapping[str, float]:

@@ -53,6 +53,7 @@ class Question:
     judge: JudgeSpec | None
     top: int
     prompts: int
+    also_searched: bool = False  # after a confirmation, the first `top` of the search beside the confirmed ones
 
 
 def questions(spec: SweepSpec) -> tuple[Question, ...]:
@@ -70,7 +71,8 @@ def questions(spec: SweepSpec) -> tuple[Question, ...]:
 def chosen_questions(
     folder: Path, overrides: Sequence[str], *, top: int | None, prompts: int | None
 ) -> tuple[Question, ...]:
-    """The spec's questions, or that of the judge which `overrides` (`reward_model=org/model`) name instead.
+    """The spec's questions, or that of the judge which `overrides` (`reward_model=org/model`) name instead. A `top`
+    asks for that many of the search also where there was a confirmation.
 
     Raises SpecError for a judge that is none, SweepError when nobody is named.
     """
@@ -82,7 +84,9 @@ def chosen_questions(
     if not asked:
         fix = "add --with reward_model=org/model, --with callable=judges.py:score, or a judge section to the next spec"
         raise SweepError(Problem(str(folder / "spec.yaml"), "judge", "", "this sweep names no judge", fix))
-    return tuple(replace(q, top=top or q.top, prompts=prompts or q.prompts) for q in asked)
+    return tuple(
+        replace(q, top=top or q.top, prompts=prompts or q.prompts, also_searched=top is not None) for q in asked
+    )
 
 
 def judge_sweep(
@@ -91,9 +95,11 @@ def judge_sweep(
 ) -> Judgement:
     """Draw what is missing, ask, store. `ground` is asked only if something must be drawn or a model be loaded.
 
-    Raises what the judge raises; the completions are kept then.
+    Raises SweepError when no configuration has a valid score, and what the judge raises; the completions are kept then.
     """
-    finalists = finalists_to_judge(sweep, top=question.top)
+    finalists = finalists_to_judge(sweep, top=question.top, also_searched=question.also_searched)
+    if not finalists:
+        raise SweepError(Problem(str(sweep.folder), "", "", "no configuration has a valid score; none can be judged"))
     samples = _completions(sweep, spec, finalists, wanted=question.prompts, ground=ground, stage=stage)
     prompts = shared_prompts(samples)
     said = {one.sampling.competitor: one.completions for one in samples}
@@ -107,19 +113,29 @@ def judge_sweep(
 def judge_at_end(
     sweep: SweepRecord, spec: SweepSpec, *, ground: Ground, stage: Callable[[str], Progress]
 ) -> list[Judgement]:
-    """Every question of the spec. A judge that fails takes no answer away: what it failed of is stored instead."""
+    """Every question of the spec; none where no configuration has a valid score. A judge that fails takes no answer
+    away: what it failed of is stored instead."""
     judgements = []
     for question in questions(spec):
+        finalists = finalists_to_judge(sweep, top=question.top)
+        if not finalists:
+            return []
         try:
             judgements.append(judge_sweep(sweep, spec, question, ground=lambda: ground, stage=stage))
-        except PrefoptError as error:
-            log.warning("the judge could not finish: %s", error)
-            failed = Judgement(
-                judge_name(question.judge), finalists_to_judge(sweep, top=question.top), problem=str(error)
-            )
+        except Exception as error:  # noqa: BLE001 - the trials are paid for: whatever a judge dies of is stored
+            problem = _first_line(error)
+            log.warning("the judge could not finish: %s", problem, exc_info=not isinstance(error, PrefoptError))
+            failed = Judgement(judge_name(question.judge), finalists, problem=problem)
             store(sweep.folder, failed)
             judgements.append(failed)
     return judgements
+
+
+def _first_line(error: Exception) -> str:
+    """Of what went wrong; the text of an error from a Ray task opens with the task and its process."""
+    cause = (error.cause or error) if isinstance(error, ray.exceptions.RayTaskError) else error
+    first = next(iter(str(cause).splitlines()), "")
+    return first if isinstance(cause, PrefoptError) else f"{type(cause).__name__}: {first}"
 
 
 def _ask(

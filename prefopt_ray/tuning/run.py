@@ -18,7 +18,15 @@ import ray
 from ray import tune
 
 from prefopt_ray import __version__
-from prefopt_ray.answer import Answer, finalists, find_answer, require_known_losses, to_confirm, trial_folder
+from prefopt_ray.answer import (
+    Answer,
+    finalists,
+    find_answer,
+    require_known_losses,
+    test_gains,
+    to_confirm,
+    trial_folder,
+)
 from prefopt_ray.configurations import configuration_of, configurations
 from prefopt_ray.engine.reference import Progress
 from prefopt_ray.errors import InputError, Problem, SweepError
@@ -332,6 +340,8 @@ def _finish(
     judge_at_end(sweep, spec, ground=ground, stage=observer.stage)
     answer = find_answer(sweep)
     tracker.rank([[trial.trial_id for trial in s.configuration.trials] for s in answer.standings])
+    for trial_id, gain in test_gains(sweep).items():
+        tracker.tested(trial_id, {"test_gain": gain.gain, "test_gain_low": gain.low, "test_gain_high": gain.high})
     tracker.finish(_summary(sweep, answer))
     ledger.append("finished")
     sweep.finished = True

@@ -1,37 +1,39 @@
 """Which number that needs no gold reward ranks trials as the gold reward does, and what picking by it would cost.
 
 Ranks are compared within a seed, as within a sweep, and averaged over seeds. Intervals are percentiles of a bootstrap
-over configurations. Knows nothing of verdicts.
+over trials. Knows no file layout.
 """
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
-from benchmarks.gold_trials import RecordedTrial
 
+from benchmarks.gold_trials import RecordedTrial
 from prefopt_ray.losses.cards import find_card
 from prefopt_ray.losses.formulas import loss_function
 from prefopt_ray.measures.metrics import margins
+from prefopt_ray.measures.verdicts import diverged, rules
+from prefopt_ray.thresholds import Thresholds
 
 BUDGET_STEPS = {12: 40, 25: 80, 50: 160, 100: 320}  # percent of the budget -> optimizer step
 KL_LIMIT = 0.5  # nats per token, the guard that was calibrated on this task
-BOOTSTRAPS = 2000
-OBJECTIVE = "gain (the default objective)"
+BOOTSTRAPS = 1000
+OBJECTIVE = "gain, -1 if diverged or broken (the objective)"
 
-Metrics = Mapping[str, float]
 Score = Callable[[RecordedTrial, int], float]  # trial, step -> higher is better
 
 
 def scores() -> dict[str, Score]:
     """Everything that could rank trials, higher first. The first row knows the truth."""
     return {
-        "gold win rate (256 of the prompts)": _win_rate,
-        "gain, KL per token <= .5": lambda t, s: _guarded(t, s, _metric(t, s, "eval/gain")),
-        OBJECTIVE: lambda t, s: _metric(t, s, "eval/gain"),
-        "gain, drift per token <= .5": _drift_guarded,
+        "gold win rate (half of the prompts)": _win_rate,
+        "gain, -1 if KL per token > .5": lambda t, s: _guarded(t, s, _metric(t, s, "eval/gain")),
+        OBJECTIVE: _objective,
+        "gain": lambda t, s: _metric(t, s, "eval/gain"),
+        "gain, -1 if drift per token > .5": _drift_guarded,
         "gain of summed log-ratios": lambda t, s: _metric(t, s, "eval/gain_sum"),
-        "accuracy, KL per token <= .5": lambda t, s: _guarded(t, s, _metric(t, s, "eval/rewards/accuracy")),
+        "accuracy, -1 if KL per token > .5": lambda t, s: _guarded(t, s, _metric(t, s, "eval/rewards/accuracy")),
         "accuracy": lambda t, s: _metric(t, s, "eval/rewards/accuracy"),
         "raw log sigma(beta h)": _own_likelihood,
         "-own eval loss": _own_loss,
@@ -45,7 +47,7 @@ def scores() -> dict[str, Score]:
 
 @dataclass(frozen=True)
 class Correlation:
-    """Spearman's rank correlation with its 95 % bootstrap interval, and of its lead over the default objective."""
+    """Spearman's rank correlation with its 95 % bootstrap interval, and of its lead over the objective."""
 
     rho: float
     low: float
@@ -55,29 +57,47 @@ class Correlation:
     lead_high: float
 
 
-def rank_table(trials: Sequence[RecordedTrial], *, step: int) -> dict[str, Correlation]:
-    """Every score's correlation with the gold reward at one step, trials of each seed ranked among themselves."""
-    by_seed = _by_seed(trials, step)
-    truth = [np.array([t.gold[step].mean() for t in group]) for group in by_seed]
-    values = {name: [np.array([f(t, step) for t in group]) for group in by_seed] for name, f in scores().items()}
-    rng = np.random.default_rng(0)
-    draws = [[rng.integers(len(group), size=len(group)) for group in by_seed] for _ in range(BOOTSTRAPS)]
-    point = {name: _mean_rho(v, truth) for name, v in values.items()}
-    booted = {name: np.array([_mean_rho(v, truth, draw) for draw in draws]) for name, v in values.items()}
-    return {name: _correlation(point, booted, name) for name in values}
+@dataclass(frozen=True, eq=False)
+class Curves:
+    """Every score and the gold reward of some trials, by evaluation after the first step. Computed once."""
+
+    seeds: np.ndarray  # (N,)
+    steps: tuple[int, ...]
+    gold: np.ndarray  # (N, steps)
+    scores: Mapping[str, np.ndarray]  # name -> (N, steps)
 
 
-def regrets(trials: Sequence[RecordedTrial]) -> dict[str, float]:
+def read_curves(trials: Sequence[RecordedTrial]) -> Curves:
+    """Of trials that were evaluated at the same steps; one that ended before its last evaluation is left out."""
+    steps = tuple(step for step in max((t.gold for t in trials), key=len) if step > 0)
+    whole = [trial for trial in trials if set(steps) <= set(trial.gold)]
+    return Curves(
+        np.array([trial.seed for trial in whole]), steps,
+        np.array([[trial.gold[step].mean() for step in steps] for trial in whole]),
+        {name: np.array([[score(t, step) for step in steps] for t in whole]) for name, score in scores().items()},
+    )
+
+
+def rank_table(curves: Curves, *, step: int) -> dict[str, Correlation]:
+    """Each score with the gold reward, both at one step."""
+    at = curves.steps.index(step)
+    return _table(curves, {name: values[:, at] for name, values in curves.scores.items()}, curves.gold[:, at])
+
+
+def best_so_far_table(curves: Curves, *, step: int) -> dict[str, Correlation]:
+    """Each score's highest value up to a step, with the highest gold reward up to it: what a rung decides on."""
+    until = curves.steps.index(step) + 1
+    best = {name: values[:, :until].max(axis=1) for name, values in curves.scores.items()}
+    return _table(curves, best, curves.gold[:, :until].max(axis=1))
+
+
+def regrets(curves: Curves) -> dict[str, float]:
     """Gold reward lost by taking the (trial, evaluation) that each score likes best, mean over seeds."""
-    out = {}
-    for name, score in scores().items():
-        lost = []
-        for group in _by_seed(trials, None):
-            points = [(t, step) for t in group for step in sorted(t.gold) if step > 0]
-            gold = np.array([t.gold[step].mean() for t, step in points])
-            lost.append(gold.max() - gold[int(np.argmax([score(t, step) for t, step in points]))])
-        out[name] = float(np.mean(lost))
-    return out
+    lost: dict[str, float] = {}
+    for name, values in curves.scores.items():
+        by_seed = [(values[curves.seeds == seed], curves.gold[curves.seeds == seed]) for seed in set(curves.seeds)]
+        lost[name] = float(np.mean([gold.max() - gold.flat[int(score.argmax())] for score, gold in by_seed]))
+    return lost
 
 
 def spearman(a: np.ndarray, b: np.ndarray) -> float:
@@ -93,9 +113,17 @@ def _ranks(values: np.ndarray) -> np.ndarray:
     return (np.cumsum(counts) - (counts - 1) / 2)[inverse]
 
 
-def _mean_rho(values: list[np.ndarray], truth: list[np.ndarray], draw: list[np.ndarray] | None = None) -> float:
-    draw = draw or [np.arange(len(v)) for v in values]
-    return float(np.mean([spearman(v[d], t[d]) for v, t, d in zip(values, truth, draw, strict=True)]))
+def _table(curves: Curves, values: Mapping[str, np.ndarray], truth: np.ndarray) -> dict[str, Correlation]:
+    members = [np.flatnonzero(curves.seeds == seed) for seed in sorted(set(curves.seeds.tolist()))]
+    rng = np.random.default_rng(0)
+    draws = [[rng.choice(rows, size=len(rows)) for rows in members] for _ in range(BOOTSTRAPS)]
+    point = {name: _mean_rho(score, truth, members) for name, score in values.items()}
+    booted = {name: np.array([_mean_rho(score, truth, draw) for draw in draws]) for name, score in values.items()}
+    return {name: _correlation(point, booted, name) for name in values}
+
+
+def _mean_rho(score: np.ndarray, truth: np.ndarray, members: Sequence[np.ndarray]) -> float:
+    return float(np.mean([spearman(score[rows], truth[rows]) for rows in members]))
 
 
 def _correlation(point: Mapping[str, float], booted: Mapping[str, np.ndarray], name: str) -> Correlation:
@@ -106,19 +134,18 @@ def _correlation(point: Mapping[str, float], booted: Mapping[str, np.ndarray], n
     )
 
 
-def _by_seed(trials: Sequence[RecordedTrial], step: int | None) -> list[list[RecordedTrial]]:
-    """Trials by seed, those that were evaluated at the step."""
-    seeds = sorted({t.seed for t in trials})
-    there = [t for t in trials if step is None or step in t.gold]
-    return [[t for t in there if t.seed == seed] for seed in seeds]
-
-
 def _metric(trial: RecordedTrial, step: int, name: str) -> float:
     return next(report for report in trial.reports if report.step == step).metrics[name]
 
 
 def _margin(trial: RecordedTrial, step: int) -> np.ndarray:
     return margins(trial.evaluations.stats("select", step), find_card(trial.config.loss))
+
+
+def _objective(trial: RecordedTrial, step: int) -> float:
+    history, thresholds = trial.history.until(step), Thresholds()
+    ruined = diverged(history, thresholds).fired or rules.broken(history, thresholds).fired
+    return -1.0 if ruined else _metric(trial, step, "eval/gain")
 
 
 def _win_rate(trial: RecordedTrial, step: int) -> float:
@@ -128,7 +155,7 @@ def _win_rate(trial: RecordedTrial, step: int) -> float:
 
 
 def _guarded(trial: RecordedTrial, step: int, value: float) -> float:
-    return value - float(_metric(trial, step, "samples/kl_per_token") > KL_LIMIT)
+    return -1.0 if _metric(trial, step, "samples/kl_per_token") > KL_LIMIT else value
 
 
 def _drift_guarded(trial: RecordedTrial, step: int) -> float:
@@ -136,7 +163,7 @@ def _drift_guarded(trial: RecordedTrial, step: int) -> float:
     stats = trial.evaluations.stats("select", step)
     sides = ((stats.drift_chosen / stats.chosen_tokens), (stats.drift_rejected / stats.rejected_tokens))
     drift = float(sum(side.abs().double().mean() for side in sides) / 2)
-    return _metric(trial, step, "eval/gain") - float(drift > KL_LIMIT)
+    return -1.0 if drift > KL_LIMIT else _metric(trial, step, "eval/gain")
 
 
 def _own_likelihood(trial: RecordedTrial, step: int) -> float:

@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -11,7 +12,8 @@ from gold.oracle import ids, slow_reward
 from judges.test_reward_model import save_reward_model
 
 from prefopt_ray.cli import main
-from prefopt_ray.judgement import Judgement, stored_judgements
+from prefopt_ray.errors import SweepError
+from prefopt_ray.judgement import Judgement, judgement_lines, stored_judgements
 from prefopt_ray.judges.base import Prompt, silent
 from prefopt_ray.judges.reward_model import RewardModel
 from prefopt_ray.ledger import SweepRecord, read_sweep
@@ -19,6 +21,7 @@ from prefopt_ray.prepare import open_worker
 from prefopt_ray.spec import load_spec
 from prefopt_ray.train.export import load_best
 from prefopt_ray.train.scorers import Completion
+from prefopt_ray.tuning.judging import Ground, judge_at_end, judge_sweep, questions
 
 JUDGES = """
 from prefopt_ray.gold.scorer import GoldScorer
@@ -88,7 +91,7 @@ def test_trials_are_ranked_by_the_lower_bound_of_their_win_rate_where_it_was_mea
         for step in bounds:  # the same completions and the same taste as the gold scorer's
             metrics = trial.reports[step].metrics
             assert metrics["judge/win_rate"] == metrics["gold/win_rate"] and metrics["judge/unjudged"] == 0
-            assert metrics["judge/win_lcb"] == pytest.approx(metrics["gold/win_low"])
+            assert metrics["judge/win_lcb"] == pytest.approx(metrics["gold/win_lcb"])
 
 
 def test_every_competitor_drew_its_own_completions(judged: SweepRecord) -> None:
@@ -171,6 +174,32 @@ def test_calibration_says_when_trials_are_too_few(judged: SweepRecord, capsys: p
     assert main(["calibrate", str(judged.folder)]) == 0
     out = " ".join(capsys.readouterr().out.split())
     assert "By the gold reward: 3 trials are too few" in out and "judge judges.py:gold" in out
+
+
+def test_whatever_a_judge_dies_of_is_stored_and_ends_no_sweep(judged: SweepRecord, tmp_path: Path) -> None:
+    def out_of_memory() -> None:
+        raise RuntimeError("CUDA out of memory\nand a long story")
+
+    spec = load_spec(judged.folder / "spec.yaml", overrides=["judge.prompts=40"])  # so completions must be drawn
+    ground = Ground(ray.put(out_of_memory), open_worker(spec)[1], {"cpu": 1, "gpu": 0})
+    sweep = replace(judged, folder=tmp_path)
+    judge_at_end(sweep, spec, ground=ground, stage=lambda name: lambda done, total: None)
+    stored = stored_judgements(tmp_path)
+    assert {judgement.judge for judgement in stored} == {"gold", "judges.py:gold"}
+    for judgement in stored:
+        assert judgement.problem == "RuntimeError: CUDA out of memory" and len(judgement.finalists) == 2
+        (line,) = judgement_lines(judgement, best=None)
+        assert "gave no verdict: RuntimeError: CUDA out of memory; `prefopt judge`" in line
+
+
+def test_a_sweep_without_a_valid_score_asks_no_judge_and_samples_nothing(judged: SweepRecord, tmp_path: Path) -> None:
+    spec = load_spec(judged.folder / "spec.yaml")
+    ground = Ground(ray.put(None), open_worker(spec)[1], {"cpu": 1, "gpu": 0})
+    nothing = SweepRecord(tmp_path)
+    assert judge_at_end(nothing, spec, ground=ground, stage=lambda name: lambda done, total: None) == []
+    with pytest.raises(SweepError, match="none can be judged"):
+        judge_sweep(nothing, spec, questions(spec)[0], ground=lambda: ground, stage=lambda name: lambda *point: None)
+    assert not list(tmp_path.iterdir())
 
 
 def judge_files(sweep: SweepRecord) -> list[Path]:

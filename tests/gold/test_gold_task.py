@@ -37,7 +37,7 @@ def trained(gold_base: Path, tmp_path_factory: pytest.TempPathFactory) -> Traine
     def train(loss: str, beta: float, *, seed: int, rate: float = RATE) -> RecordedTrial:
         values = {"beta": beta, "learning_rate": rate}
         return read_trial(record(Case(
-            loss, values, seed, "none", evaluated=(0, 20, 40, 80, 160, 240, 320), select_pairs=1000, prompts=512
+            loss, values, seed, "none", evaluated=(0, 40, 80, 160, 240, 320), select_pairs=2000, prompts=512
         ), out))
 
     return train

@@ -107,6 +107,9 @@ def test_a_sweep_without_a_judge_says_how_to_name_one(
     assert "--with reward_model=org/model" in capsys.readouterr().err
     assert main(["judge", str(tmp_path), "--with", "callable=nothing"]) == 2
     assert "package.module:function" in capsys.readouterr().err
+    assert main(["judge", str(tmp_path), "--with", "nope"]) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("prefopt: --with nope: must be") and "(write --with callable=judges.py:score)" in error
 
 
 def lengths(sweep: SweepRecord, competitor: str) -> list[int]:

@@ -49,6 +49,13 @@ def test_mlflow_holds_one_parent_and_one_run_per_trial(finished: FinishedSweep) 
     ranks = sorted((run.data.metrics["rank"], trial_id) for trial_id, run in children.items())
     answer = json.loads(finished.outcome.out)
     assert [trial_id for _, trial_id in ranks] == [row["trial"] for row in answer["trials"]]
+    best = answer["best"]
+    shown = {name: children[best["trial"]].data.metrics[f"test_{name}"] for name in ("gain", "gain_low", "gain_high")}
+    assert shown["gain"] == pytest.approx(best["test_gain"]["gain"], abs=5e-5)
+    assert shown["gain_low"] < shown["gain"] < shown["gain_high"]
+    assert {trial_id for trial_id, run in children.items() if "test_gain" in run.data.metrics} == set(
+        finished.record.tested
+    )
 
 
 def test_best_agrees_with_a_hand_computation_from_the_per_pair_files(finished: FinishedSweep) -> None:

@@ -7,7 +7,7 @@ import pytest
 
 from prefopt_ray.errors import JudgeError
 from prefopt_ray.judges.base import Prompt, is_pointwise, silent
-from prefopt_ray.judges.functions import open_function
+from prefopt_ray.judges.functions import check_function, open_function
 from prefopt_ray.train.scorers import Completion
 
 PROMPTS = [Prompt("one"), Prompt("two")]
@@ -30,6 +30,7 @@ def short(prompts, completions): return [1.0]
 def words(prompts, completions): return ["good"] * len(prompts)
 def infinite(prompts, completions): return [float("inf")] * len(prompts)
 def raises(prompts, completions): raise RuntimeError("no model today")
+def raises_below(prompts, completions): return __import__("json").loads("{")
 def beyond(prompts, first, second): return [2.0] * len(prompts)
 """
 
@@ -77,6 +78,38 @@ def test_what_cannot_be_imported_is_named(place: str) -> None:
 def test_answers_that_are_no_scores_are_refused(file: Path, name: str, rule: str) -> None:
     with pytest.raises(JudgeError, match=rule):
         open_function(f"{file}:{name}").score(PROMPTS, SAID, advance=silent)
+
+
+def test_an_answer_that_is_no_number_is_shown_by_its_first_wrong_value(file: Path) -> None:
+    with pytest.raises(JudgeError, match=r"got 'good'; must return numbers"):
+        open_function(f"{file}:words").score(PROMPTS, SAID, advance=silent)
+
+
+def test_a_missing_function_names_the_file_and_no_module_of_ours(file: Path) -> None:
+    with pytest.raises(JudgeError) as caught:
+        open_function(f"{file}:nope")
+    assert f"module '{file}' has no attribute 'nope'" in str(caught.value)
+    assert "prefopt_judge" not in str(caught.value)
+
+
+def test_the_check_asks_the_function_and_names_the_line_where_it_raised(file: Path) -> None:
+    for name in ("length", "longer", "judge.score"):
+        check_function(f"{file}:{name}")
+    for name in ("raises", "raises_below"):
+        with pytest.raises(JudgeError, match=rf"the judge raised at my_judges\.py:{line_of(name)}"):
+            check_function(f"{file}:{name}")
+    with pytest.raises(JudgeError, match="between 0 and 1"):
+        check_function(f"{file}:beyond")
+
+
+def test_a_file_that_raises_while_it_is_imported_is_named_with_the_line(tmp_path: Path) -> None:
+    (tmp_path / "broken.py").write_text("import json\n\njson.loads('{')\n")
+    with pytest.raises(JudgeError, match=r"cannot be imported at broken\.py:3"):
+        open_function(f"{tmp_path / 'broken.py'}:f")
+
+
+def line_of(function: str) -> int:
+    return next(number for number, line in enumerate(MODULE.splitlines(), 1) if f"def {function}(" in line)
 
 
 def test_preferences_lie_between_0_and_1(file: Path) -> None:

@@ -66,6 +66,14 @@ def test_a_judge_that_fails_is_a_warning(caplog: pytest.LogCaptureFixture) -> No
     assert "between 0 and 1" in caplog.text
 
 
+def test_a_judge_out_of_memory_is_a_warning_and_an_interrupt_is_none(caplog: pytest.LogCaptureFixture) -> None:
+    broken = RungJudge(_Dies(RuntimeError("CUDA out of memory")), PROMPTS, time_limit_s=10)
+    assert np.isnan(broken.outcomes(POLICY, REFERENCE)).all()
+    assert "RuntimeError: CUDA out of memory" in caplog.text
+    with pytest.raises(KeyboardInterrupt):
+        RungJudge(_Dies(KeyboardInterrupt()), PROMPTS, time_limit_s=10).outcomes(POLICY, REFERENCE)
+
+
 def test_a_trial_goes_on_without_the_win_rate_of_a_late_judge() -> None:
     def sleeps(prompts: list[str], completions: list[Completion]) -> list[float]:
         time.sleep(0.5)
@@ -100,6 +108,16 @@ class _OneByOne:
             self.asked += 1
             advance(self.asked)
         return Preferences(np.full(len(prompts), 0.5))
+
+
+class _Dies:
+    name = "dies"
+
+    def __init__(self, error: BaseException) -> None:
+        self._error = error
+
+    def score(self, prompts: Sequence[Prompt], completions: Sequence[Completion], *, advance: Advance) -> np.ndarray:
+        raise self._error
 
 
 def _worker(judge: FunctionScores, *, time_limit_s: float) -> Worker:

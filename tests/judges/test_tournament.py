@@ -8,7 +8,14 @@ import pytest
 from prefopt_ray.errors import JudgeError
 from prefopt_ray.judges.base import Advance, Preferences, Prompt, Tally
 from prefopt_ray.judges.functions import FunctionPreferences, FunctionScores
-from prefopt_ray.judges.tournament import REFERENCE_NAME, Tournament, agreeing_pairs, compare, play
+from prefopt_ray.judges.tournament import (
+    REFERENCE_NAME,
+    JudgedCompetitor,
+    Tournament,
+    agreeing_pairs,
+    compare,
+    play,
+)
 from prefopt_ray.train.scorers import Completion
 
 PROMPTS = [Prompt(str(number)) for number in range(40)]
@@ -39,6 +46,11 @@ def samples() -> dict[str, list[Completion]]:
     return {"better": said(better.tolist()), REFERENCE_NAME: said(reference.tolist()), "even": said(even.tolist())}
 
 
+def row_of(tournament: Tournament, competitor: str) -> JudgedCompetitor:
+    (row,) = (row for row in tournament.competitors if row.competitor == competitor)
+    return row
+
+
 @pytest.mark.parametrize("judge", [SCORES, PREFERENCES])
 def test_contests_are_counted_as_by_hand(judge: FunctionScores | FunctionPreferences) -> None:
     tournament = play(judge, PROMPTS, samples())
@@ -51,7 +63,7 @@ def test_contests_are_counted_as_by_hand(judge: FunctionScores | FunctionPrefere
 
 
 def test_the_win_rate_has_wilson_s_interval() -> None:
-    row = play(SCORES, PROMPTS, samples()).of("better")
+    row = row_of(play(SCORES, PROMPTS, samples()), "better")
     p, n, z = 32 / 40, 40, 1.959963984540054  # Newcombe 1998, method 3
     middle, half = p + z * z / (2 * n), z * math.sqrt(p * (1 - p) / n + z * z / (4 * n * n))
     assert row.win_rate == p and row.judged == n
@@ -62,7 +74,7 @@ def test_the_win_rate_has_wilson_s_interval() -> None:
 def test_two_competitors_strength_is_the_log_odds_of_their_wins() -> None:
     given = samples()
     many = {name: given[name] * 50 for name in ("better", REFERENCE_NAME)}  # the weak prior vanishes
-    row = play(SCORES, PROMPTS * 50, many).of("better")
+    row = row_of(play(SCORES, PROMPTS * 50, many), "better")
     assert row.strength == pytest.approx(math.log(0.8 / 0.2), abs=1e-3)
     assert row.strength_low < row.strength < row.strength_high
 
@@ -76,12 +88,22 @@ def test_nobody_is_stronger_for_standing_first() -> None:
     swapped = {name: given[name] for name in ("even", REFERENCE_NAME, "better")}
     one, other = play(SCORES, PROMPTS, given), play(SCORES, PROMPTS, swapped)
     for name in ("better", "even"):
-        assert one.of(name).strength == pytest.approx(other.of(name).strength)
+        assert row_of(one, name).strength == pytest.approx(row_of(other, name).strength)
 
 
 def test_a_winner_of_everything_has_a_finite_strength() -> None:
     tournament = play(SCORES, PROMPTS, {"a": said([1.0] * 40), REFERENCE_NAME: said([0.0] * 40)})
-    assert tournament.of("a").win_rate == 1 and math.isfinite(tournament.of("a").strength)
+    (row,) = tournament.competitors
+    assert row.win_rate == 1 and math.isfinite(row.strength)
+
+
+def test_ties_alone_give_no_interval() -> None:
+    """Also beside a third who wins: two whose answers are the same are never told apart."""
+    same, other = said([0.0] * 40), said([1.0] * 30 + [-1.0] * 10)
+    for given in ({"a": same, REFERENCE_NAME: same}, {"a": same, "b": other, REFERENCE_NAME: same}):
+        row = row_of(play(SCORES, PROMPTS, given), "a")
+        assert row.strength == pytest.approx(0, abs=1e-9) and row.strength_low is row.strength_high is None
+    assert row_of(play(SCORES, PROMPTS, given), "b").strength_low > 0
 
 
 def test_a_preference_that_follows_the_order_is_a_tie() -> None:
@@ -101,7 +123,7 @@ def test_a_verdict_in_one_order_and_a_tie_in_the_other_is_a_tie_that_did_not_fli
 def test_a_prompt_judged_in_one_order_only_has_no_verdict() -> None:
     tournament = play(_Stops(after=21), PROMPTS, {"a": said([1.0] * 40), REFERENCE_NAME: said([0.0] * 40)})
     (contest,) = tournament.contests
-    assert (contest.wins, contest.unjudged) == (10, 30) and tournament.of("a").judged == 10
+    assert (contest.wins, contest.unjudged) == (10, 30) and tournament.competitors[0].judged == 10
 
 
 def test_without_any_verdict_the_reason_is_named() -> None:

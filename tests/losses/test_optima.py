@@ -105,6 +105,17 @@ def test_robust_dpo_believes_noisy_labels_more_and_has_no_optimum_at_its_own_fli
     assert far == sorted(far, reverse=True)
 
 
+@pytest.mark.parametrize(("tau", "end"), [(0.05, -0.119), (0.1, -0.117), (0.11, math.inf)])
+def test_discopop_descends_from_the_reference_into_an_inverted_minimum_unless_tau_is_large(tau: float, end: float):
+    """Gradient descent on one certain pair from u = 0; `inf` is beyond u = 1."""
+    u = torch.zeros(1, dtype=torch.float64, requires_grad=True)
+    for _ in range(600):
+        (slope,) = torch.autograd.grad(loss_of("discopop", u, {"beta": 1.0, "tau": tau}).sum(), u)
+        with torch.no_grad():
+            u -= 0.05 * slope
+    assert (math.inf if u.item() > 1 else u.item()) == pytest.approx(end, abs=1e-3)
+
+
 @pytest.mark.parametrize(
     ("name", "best"),
     [("ipo_sum", 0.5), ("cdpo", 2.1972), ("exo", 6.9068), ("sppo", 1.0)],

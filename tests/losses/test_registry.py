@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 from dataclasses import replace
+from itertools import permutations
 from pathlib import Path
 
 import pytest
@@ -9,7 +10,7 @@ import torch
 from pair_stats import random_stats
 
 from prefopt_ray.losses import registry
-from prefopt_ray.losses.cards import CARDS, LOSS_NAMES, LossCard, closest_loss, every_card, find_card
+from prefopt_ray.losses.cards import CARDS, LOSS_NAMES, LossCard, Range, closest_loss, every_card, find_card
 from prefopt_ray.losses.formulas import LossState, loss_function
 from prefopt_ray.losses.registry import LossPluginError, register_loss, registered_losses, unregister_loss
 from prefopt_ray.losses.stats import PairStats
@@ -165,6 +166,50 @@ def test_a_mixtures_card_follows_from_its_parts():
     assert find_card("mpo").defaults["sigmoid_weight"] == 0.8 and find_card("rpo").defaults["nll_weight"] == 1.0
 
 
+@pytest.mark.parametrize("name", list(map("+".join, permutations(("sigmoid", "bco", "nll")))))
+def test_mpo_has_its_weights_in_any_order_and_the_beta_of_the_first_part_that_reads_one(name: str):
+    card, mpo, stats = find_card(name), find_card("mpo"), random_stats(pairs=4, seed=0)
+    weights = {"sigmoid_weight": 0.8, "bco_weight": 0.2, "nll_weight": 1.0}
+    assert card.defaults.items() >= weights.items() and card.source == mpo.source
+    assert card.defaults["beta"] == CARDS[next(part for part in name.split("+") if part != "nll")].defaults["beta"]
+    losses, expected = (loss_function(each)(stats, mpo.defaults, None)[0] for each in (name, "mpo"))
+    torch.testing.assert_close(losses, expected)
+
+
+def test_a_mixture_says_where_its_parts_count_beta_in_different_units():
+    said = "beta is shared by sigmoid and ipo_mean though its unit differs: sigmoid: 1 / nat of summed log-ratio; "
+    assert said + "ipo_mean: 1 / (nat per token)." in find_card("sigmoid+nll+ipo").note
+    for name in ("mpo", "sigmoid+orpo", "sigmoid_norm+ipo"):
+        assert "differs" not in find_card(name).note
+    assert find_card("orpo+sigmoid").beta_unit == CARDS["sigmoid"].beta_unit  # orpo itself has no beta
+
+
+@pytest.mark.parametrize(
+    ("name", "default"), [("cdpo+exo", 0.1), ("robust+exo", 0.1), ("exo+cdpo", 0.001), ("aot+exo", 0.001)]
+)
+def test_parts_that_share_a_parameter_keep_the_tightest_bounds(name: str, default: float):
+    share = find_card(name).param("label_smoothing")
+    assert share.rule == "label_smoothing must be > 0 and < 0.5" and share.default == default
+    assert share.allows(share.usual.low) and share.allows(share.usual.high)
+    assert find_card("cdpo+robust").param("label_smoothing").allows(0.0)
+
+
+@pytest.fixture
+def large_and_small_beta() -> Iterator[None]:
+    for name, usual, lower, upper in (("large", Range(1.0, 4.0), 0.9, 5.0), ("small", Range(0.1, 0.5), 0.0, 0.9)):
+        param = replace(MINE.params[0], default=usual.high, usual=usual, lower=lower, upper=upper)
+        register_loss(replace(MINE, name=name, params=(param,)), square)
+    yield
+    unregister_loss("large")
+    unregister_loss("small")
+
+
+def test_parts_whose_bounds_exclude_each_other_are_refused(large_and_small_beta: None):
+    with pytest.raises(KeyError, match="no part's usual beta keeps the bounds of all parts"):
+        find_card("large+small")
+    assert find_card("sigmoid+large").param("beta").rule == "beta must be > 0.9 and < 5"
+
+
 def test_a_divergence_keeps_where_the_loss_starts():
     for divergence in ("forward_kl", "js", "alpha"):
         for name in ("sigmoid", "ipo_sum", "hinge", "discopop"):
@@ -176,7 +221,7 @@ def test_a_divergence_keeps_where_the_loss_starts():
 @pytest.mark.parametrize(
     "name",
     ["nll", "nll+nll", "sigmoid+sigmoid", "sigmoid+sigmoid:js", "kto:js", "sigmoid:kl", "sigmoid:", "sigmoid+", "+",
-     "sigmoid:js:js", "cpo+tdpo", "cdpo+exo", "sigmoid+nope", "SIGMOID", "nll:js+sigmoid"],
+     "sigmoid:js:js", "cpo+tdpo", "dpop+slic", "sigmoid+nope", "SIGMOID", "nll:js+sigmoid"],
 )  # fmt: skip
 def test_an_undefined_composition_is_an_unknown_name(name: str):
     with pytest.raises(KeyError):

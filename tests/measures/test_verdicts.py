@@ -481,6 +481,18 @@ def test_a_policy_still_at_the_reference_is_underfit_whatever_its_gain():
     assert still.headline == "underfit" and "drift on pairs (no samples) 0.001" in still.evidence
 
 
+def test_a_last_evaluation_without_samples_does_not_hide_that_nothing_moved():
+    near, last = evaluation(60, effect=0.4, probe=0.4, samples=samples(0.001)), evaluation(100, effect=0.4, probe=0.4)
+    assert judge(history(evaluations=[near, last], budget_steps=100)).headline == "underfit"
+
+
+def test_pairs_ranked_backwards_are_said_to_be():
+    inverted = evaluation(100, effect=-1.0, probe=-1.0, samples=samples(0.2))
+    verdict = judge(history(evaluations=[inverted], budget_steps=100))
+    assert verdict.headline == "underfit" and "ranks the trained pairs backwards" in verdict.evidence
+    assert "backwards" not in judge(history(evaluations=[unmoved(100)], budget_steps=100)).evidence
+
+
 def test_a_policy_that_moved_and_fitted_its_pairs_is_not_underfit():
     moved = evaluation(100, effect=0.0, probe=1.0, samples=samples(0.2))
     assert judge(history(evaluations=[moved], budget_steps=100)).headline == "inconclusive"

@@ -49,7 +49,7 @@ def test_a_judge_at_the_end_does_not_change_what_a_trial_is() -> None:
 
 @pytest.mark.parametrize(("metric", "judge", "measured"), [
     ("gain", "{callable: 'a:b', at: rungs}", "eval/gain"), ("judge", "{callable: 'a:b', at: rungs}", "judge/win_lcb"),
-    ("gold", "{callable: 'a:b'}", "gold/win_low"),
+    ("gold", "{callable: 'a:b'}", "gold/win_lcb"),
 ])
 def test_the_objective_is_a_metric_of_the_trial(metric: str, judge: str, measured: str) -> None:
     spec = parse_spec(f"{BASE}judge: {judge}\nobjective: {{metric: {metric}}}")

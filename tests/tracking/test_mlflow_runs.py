@@ -438,6 +438,22 @@ def test_artifacts_never_depend_on_the_current_directory(settings: TrackingSetti
     assert artifact_location(settings) == location
 
 
+def test_only_a_gain_is_called_one_also_by_a_driver_that_did_not_start_the_trial(
+    open_tracker: OpenTracker, uri: str
+) -> None:
+    config = trial_config()
+    judged = replace(config, evaluation=replace(config.evaluation, objective="judge/win_lcb"))
+    first = open_tracker()
+    first.start("", {}, [])
+    first.trial_started("t0", judged, number=0)
+    assert first.close(60) == 0
+    tracker = open_tracker()
+    finish_trial(tracker, "t0")
+    assert tracker.close(60) == 0
+    note = runs(uri)["t0"].data.tags["mlflow.note.content"].split("\n")
+    assert note[0] == "healthy; completed at step 30; best objective 0.1 at step 30"
+
+
 def test_the_first_line_of_a_description_is_the_verdict_in_plain_text(open_tracker: OpenTracker, uri: str) -> None:
     tracker = open_tracker()
     tracker.start("", {}, [])

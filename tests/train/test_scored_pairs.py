@@ -1,6 +1,7 @@
 """From score columns in a file to the loss that learns from them. Oracle: the file itself."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -56,3 +57,17 @@ def test_the_first_loss_is_the_mean_squared_difference_in_score_and_training_low
     expected = np.mean((ETA * (written[:, 0] - written[:, 1])) ** 2)
     assert losses[0] == pytest.approx(expected, rel=1e-5)
     assert losses[-1] < 0.5 * expected
+    norms = [p.metrics["train/loss_norm"] for report in reports for p in unpack_points(report.points)]
+    assert norms[0] == pytest.approx(1.0, rel=1e-5)
+
+
+def test_the_scale_of_a_loss_on_scores_is_the_whole_train_part_and_not_an_easy_first_batch(home):
+    """One batch of eight is no scale: trials whose first batch was easy looked as if their loss had run away."""
+    worker, prepared = open_worker(spec(home, 24))
+    ((loss, values),) = prepared.spec.grid()
+    config = prepared.trial_config(loss, values)
+    small = replace(config, training=replace(config.training, batch_pairs=4, micro_batch_pairs=4))
+    first = next(p for report in train(small, worker) for p in unpack_points(report.points))
+    differences = np.diff(worker.parts["train"].tokens.scores, axis=1)
+    whole = np.mean((ETA * differences.astype(float)) ** 2)
+    assert first.metrics["train/loss_norm"] == pytest.approx(first.metrics["train/loss"] / whole, rel=1e-5)

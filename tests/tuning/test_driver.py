@@ -8,11 +8,11 @@ from sweep_folder import VERDICT, report
 from tiny import trial_config
 
 from prefopt_ray.configurations import configurations
-from prefopt_ray.ledger import Ledger, SweepRecord, read_events, read_sweep
+from prefopt_ray.ledger import Decision, Ledger, SweepRecord, TrialRecord, read_events, read_sweep
 from prefopt_ray.tracking.delivery import TrackingSettings
 from prefopt_ray.tracking.runs import SweepIdentity, SweepTracker
 from prefopt_ray.trial import EndState, Report
-from prefopt_ray.tuning.driver import ConfirmRun, Replicas, SweepDriver
+from prefopt_ray.tuning.driver import ConfirmRun, Replicas, SweepDriver, stop_reason
 from prefopt_ray.tuning.rungs import SuccessiveHalving
 from prefopt_ray.tuning.search import Listed, Point
 
@@ -53,6 +53,16 @@ def at(step: int, gain: float, *, end: EndState | None = None) -> Report:
 
 def events(folder: Path, kind: str) -> list[dict]:
     return [event for event in read_events(folder / "ledger.jsonl") if event["event"] == kind]
+
+
+@pytest.mark.parametrize(("value", "cutoff", "said"), [
+    (0.1, 0.5, "gain 0.1000 below the cutoff 0.5000"), (0.00101, 0.00104, "gain 0.00101 below the cutoff 0.00104"),
+    (0.5, 0.5, "gain 0.5000 below the cutoff 0.5000"),
+])
+def test_a_reason_has_the_digits_that_tell_value_and_cutoff_apart(value: float, cutoff: float, said: str) -> None:
+    trial = TrialRecord("0000", 0, {}, trial_config(), baseline=False)
+    decision = Decision(2, value, cutoff, recorded=3, keep=False, reason="below the cutoff")
+    assert stop_reason(decision, trial) == f"rung at step 2: {said} (3 there)"
 
 
 def test_a_trial_below_the_cutoff_ends_with_the_reason_in_numbers(tmp_path: Path) -> None:

@@ -159,11 +159,11 @@ def _overfit_sign(history: TrialHistory, thresholds: Thresholds) -> Sign:
 
 
 def _moved_check(history: TrialHistory, thresholds: Thresholds) -> Check | None:
-    """Whether the latest samples are far enough from the reference to be worse for it; None where none were drawn."""
-    sampled = [record for record in history.trained if record.samples is not None]
-    if not sampled:
+    """Whether the policy is far enough from the reference to be worse for it; None where the latest evaluation drew no
+    samples: earlier ones tell how far it was, not how far it is."""
+    if not history.trained or history.trained[-1].samples is None:
         return None
-    last, limit = sampled[-1], thresholds.overfit_drift_frac * thresholds.drift_limit_per_token
+    last, limit = history.trained[-1], thresholds.overfit_drift_frac * thresholds.drift_limit_per_token
     kl = last.samples.kl_per_token
     return Check("KL on samples, nats per token", kl, ">=", limit, "overfit_drift_frac", last.step)
 
@@ -406,22 +406,40 @@ def underfit(history: TrialHistory, thresholds: Thresholds) -> Reading:
         return spent.met and ((gained.met and probe.met) or still.met)
 
     checks, onset = _underfit_checks(last, history, thresholds), _since(history.trained, unmoved)
-    probe = f"the train probe's {last.probe_gain.gain:.4f}"
-    moved = f", {last.moved_by} {last.moved_per_token:.2g} nats per token" if last.moved_per_token is not None else ""
-    evidence = f"gain {_gain(last)} at step {last.step} of {history.budget_steps}, {probe}{moved}"
+    far = _latest_measure(last, history)
+    moved = f", {far.moved_by} {far.moved_per_token:.2g} nats per token" if far.moved_per_token is not None else ""
+    evidence = (
+        f"gain {_gain(last)} at step {last.step} of {history.budget_steps}, the train probe's "
+        f"{last.probe_gain.gain:.4f}{moved}{_backwards(last, thresholds)}"
+    )
     return reading("underfit", (Sign(checks, onset, evidence),))
+
+
+def _latest_measure(record: EvaluationRecord, history: TrialHistory) -> EvaluationRecord:
+    """The latest evaluation up to this one that drew samples; itself where none did."""
+    sampled = [r for r in history.trained if r.samples is not None and r.step <= record.step]
+    return sampled[-1] if sampled else record
+
+
+def _backwards(record: EvaluationRecord, thresholds: Thresholds) -> str:
+    """Another cure than more training is needed where the pairs it trains on are ranked the wrong way round."""
+    accuracy, pairs = record.probe_accuracy, len(record.probe_margins)
+    if accuracy >= 0.5 - thresholds.learned_z * 0.5 / math.sqrt(pairs):
+        return ""
+    return f"; it ranks the trained pairs backwards ({accuracy:.0%} right): are chosen and rejected swapped?"
 
 
 def _underfit_checks(record: EvaluationRecord, history: TrialHistory, thresholds: Thresholds) -> tuple[Check, ...]:
     """The first, and either the next two or the last."""
+    far = _latest_measure(record, history)
     return (
         Check("share of the budget", record.step / history.budget_steps, ">=", thresholds.underfit_budget_frac,
               "underfit_budget_frac", record.step),
         _learned_check("gain, standard errors", record, "<=", thresholds),
         Check("train probe's gain", record.probe_gain.gain, "<", thresholds.underfit_probe_gain,
               "underfit_probe_gain", record.step),
-        Check(f"{record.moved_by}, nats per token (with the budget alone enough)", record.moved_per_token, "<",
-              thresholds.underfit_kl_per_token, "underfit_kl_per_token", record.step),
+        Check(f"{far.moved_by}, nats per token (with the budget alone enough)", far.moved_per_token, "<",
+              thresholds.underfit_kl_per_token, "underfit_kl_per_token", far.step),
     )
 
 
