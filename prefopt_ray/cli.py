@@ -21,7 +21,7 @@ from prefopt_ray import __version__
 from prefopt_ray.errors import InputError, PrefoptError, Problem, SpecError, SweepError
 
 if TYPE_CHECKING:
-    from prefopt_ray.ledger import SweepRecord
+    from prefopt_ray.results.ledger import SweepRecord
     from prefopt_ray.spec import SweepSpec
 
 DEFAULT_STORAGE = "prefopt-results"
@@ -81,7 +81,7 @@ def pairs(options: argparse.Namespace) -> int:
 
     from prefopt_ray.pairs.show import render_pairs, show_pairs
     from prefopt_ray.prepare import prepare
-    from prefopt_ray.terminal import TerminalObserver, make_console
+    from prefopt_ray.report.terminal import TerminalObserver, make_console
 
     _quiet_libraries()
     with TerminalObserver(make_console(stderr=True)) as observer:
@@ -102,7 +102,7 @@ def pairs(options: argparse.Namespace) -> int:
 
 
 def losses(options: argparse.Namespace) -> int:
-    from prefopt_ray.loss_pages import loss_facts, loss_list, loss_list_facts, loss_page
+    from prefopt_ray.report.loss_pages import loss_facts, loss_list, loss_list_facts, loss_page
     from prefopt_ray.losses.cards import find_card
     from prefopt_ray.spec.rules import unknown_loss
 
@@ -135,9 +135,9 @@ def resume(options: argparse.Namespace) -> int:
 
 
 def best(options: argparse.Namespace) -> int:
-    from prefopt_ray.answer import find_answer
-    from prefopt_ray.ledger import read_sweep
-    from prefopt_ray.report import answer_json, answer_lines
+    from prefopt_ray.results.answer import find_answer
+    from prefopt_ray.results.ledger import read_sweep
+    from prefopt_ray.report.lines import answer_json, answer_lines
 
     sweep = read_sweep(_sweep_folder(options))
     answer = find_answer(sweep)
@@ -152,10 +152,10 @@ def best(options: argparse.Namespace) -> int:
 
 
 def show(options: argparse.Namespace) -> int:
-    from prefopt_ray.answer import find_answer
-    from prefopt_ray.ledger import read_sweep
-    from prefopt_ray.report import answer_lines, leaderboard
-    from prefopt_ray.terminal import make_console, sweep_tables
+    from prefopt_ray.results.answer import find_answer
+    from prefopt_ray.results.ledger import read_sweep
+    from prefopt_ray.report.lines import answer_lines, leaderboard
+    from prefopt_ray.report.terminal import make_console, sweep_tables
 
     sweep = read_sweep(_sweep_folder(options))
     answer = find_answer(sweep)
@@ -175,8 +175,8 @@ def show(options: argparse.Namespace) -> int:
 
 def judge(options: argparse.Namespace) -> int:
     folder = _sweep_folder(options)
-    from prefopt_ray.judgement import judgement_lines
-    from prefopt_ray.terminal import TerminalObserver, judgement_table, make_console
+    from prefopt_ray.results.judgement import judgement_lines
+    from prefopt_ray.report.terminal import TerminalObserver, judgement_table, make_console
     from prefopt_ray.tuning.judging import chosen_questions
     from prefopt_ray.tuning.run import judge_again
 
@@ -197,9 +197,9 @@ def judge(options: argparse.Namespace) -> int:
 
 
 def calibrate(options: argparse.Namespace) -> int:
-    from prefopt_ray.calibration import calibrate_sweep
-    from prefopt_ray.ledger import read_sweep
-    from prefopt_ray.terminal import calibration_table, make_console
+    from prefopt_ray.results.calibration import calibrate_sweep
+    from prefopt_ray.results.ledger import read_sweep
+    from prefopt_ray.report.terminal import calibration_table, make_console
 
     calibrations = calibrate_sweep(read_sweep(_sweep_folder(options)))
     if options.json:
@@ -215,9 +215,9 @@ def calibrate(options: argparse.Namespace) -> int:
 
 def explain(options: argparse.Namespace) -> int:
     folder = _sweep_folder(options)
-    from prefopt_ray.answer import require_known_losses
-    from prefopt_ray.explain import explain_trial, explanation_json, explanation_lines
-    from prefopt_ray.ledger import read_sweep
+    from prefopt_ray.results.answer import require_known_losses
+    from prefopt_ray.report.explain import explain_trial, explanation_json, explanation_lines
+    from prefopt_ray.results.ledger import read_sweep
     from prefopt_ray.spec import load_spec
 
     sweep = read_sweep(folder)
@@ -233,7 +233,7 @@ def explain(options: argparse.Namespace) -> int:
 
 
 def list_sweeps(options: argparse.Namespace) -> int:
-    from prefopt_ray.ledger import LEDGER_FILE, read_sweep
+    from prefopt_ray.results.ledger import LEDGER_FILE, read_sweep
 
     storage = Path(options.storage or DEFAULT_STORAGE)
     folders = sorted(p.parent for p in storage.glob(f"*/{LEDGER_FILE}")) if storage.is_dir() else []
@@ -257,7 +257,7 @@ def list_sweeps(options: argparse.Namespace) -> int:
 
 
 def ui(options: argparse.Namespace) -> int:
-    from prefopt_ray.ledger import read_sweep
+    from prefopt_ray.results.ledger import read_sweep
     from prefopt_ray.spec import load_spec
     from prefopt_ray.tracking.runs import tracking_uri
     from prefopt_ray.tracking.server import serve_ui
@@ -278,9 +278,9 @@ def ui(options: argparse.Namespace) -> int:
 
 
 def figure(options: argparse.Namespace) -> int:
-    from prefopt_ray.ledger import read_sweep
+    from prefopt_ray.results.ledger import read_sweep
     from prefopt_ray.spec import load_spec
-    from prefopt_ray.sweep_figures import FIGURES, draw
+    from prefopt_ray.report.sweep_figures import FIGURES, draw
     from prefopt_ray.tracking.artifacts import attach
     from prefopt_ray.tracking.runs import tracking_uri
 
@@ -311,8 +311,8 @@ def train(options: argparse.Namespace) -> int:
     if options.output is not None:
         _require_folder("command line", "--output", Path(options.output))
     from prefopt_ray.prepare import open_worker
-    from prefopt_ray.report import report_line
-    from prefopt_ray.terminal import TerminalObserver, make_console
+    from prefopt_ray.report.lines import report_line
+    from prefopt_ray.report.terminal import TerminalObserver, make_console
     from prefopt_ray.train import train as train_trial
     from prefopt_ray.train.export import export, load_best
 
@@ -344,9 +344,9 @@ def train(options: argparse.Namespace) -> int:
 
 
 def _sweep_with_terminal(work: Callable[[Any], "SweepRecord"], *, as_json: bool) -> int:
-    from prefopt_ray.answer import find_answer
-    from prefopt_ray.report import answer_json, answer_lines
-    from prefopt_ray.terminal import TerminalObserver, make_console, sweep_tables
+    from prefopt_ray.results.answer import find_answer
+    from prefopt_ray.report.lines import answer_json, answer_lines
+    from prefopt_ray.report.terminal import TerminalObserver, make_console, sweep_tables
 
     _quiet_libraries()
     console = make_console(stderr=as_json)
@@ -376,8 +376,8 @@ def _quiet_libraries() -> None:
 
 
 def _one_point_yaml(sweep: "SweepRecord") -> str:
-    from prefopt_ray.answer import find_answer
-    from prefopt_ray.ledger import CONFIRM
+    from prefopt_ray.results.answer import find_answer
+    from prefopt_ray.results.ledger import CONFIRM
     from prefopt_ray.spec import confirmed_spec, dump_spec, load_spec, one_point_spec
 
     winner = find_answer(sweep).winner
@@ -434,7 +434,7 @@ def _require_folder(place: str, key: str, folder: Path) -> None:
 
 def _sweep_folder(options: argparse.Namespace) -> Path:
     """A folder, or the name or id of a sweep in the storage folder. Raises SweepError."""
-    from prefopt_ray.ledger import LEDGER_FILE
+    from prefopt_ray.results.ledger import LEDGER_FILE
 
     wanted = options.sweep
     storage = Path(options.storage or DEFAULT_STORAGE)

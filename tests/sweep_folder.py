@@ -6,7 +6,7 @@ import numpy as np
 from tiny import random_pairs, trial_config
 
 from prefopt_ray.engine.base import ReferencedPairs
-from prefopt_ray.ledger import Ledger, SweepRecord, read_sweep
+from prefopt_ray.results.ledger import Ledger, SweepRecord, read_sweep
 from prefopt_ray.measures.gain import calibrated_gain
 from prefopt_ray.train.evaluations import EvaluationLog
 from prefopt_ray.trial import EndState, Report, Verdict

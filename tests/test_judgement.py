@@ -6,11 +6,11 @@ from pathlib import Path
 import pytest
 from sweep_folder import STEP, write_sweep
 
-from prefopt_ray.judgement import JudgedFinalist, Judgement, finalists_to_judge, judgement_lines
+from prefopt_ray.results.judgement import JudgedFinalist, Judgement, finalists_to_judge, judgement_lines
 from prefopt_ray.judges.base import Prompt, Tally
 from prefopt_ray.judges.functions import FunctionScores
 from prefopt_ray.judges.tournament import REFERENCE_NAME, Tournament, play
-from prefopt_ray.ledger import CONFIRM, SweepRecord, TrialRecord
+from prefopt_ray.results.ledger import CONFIRM, SweepRecord, TrialRecord
 from prefopt_ray.train.scorers import Completion
 
 

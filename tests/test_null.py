@@ -10,8 +10,8 @@ import numpy as np
 from sweep_folder import VERDICT
 from tiny import trial_config
 
-from prefopt_ray.answer import Answer, find_answer, to_confirm
-from prefopt_ray.ledger import CONFIRM, SEARCH, SweepRecord, TrialRecord
+from prefopt_ray.results.answer import Answer, find_answer, to_confirm
+from prefopt_ray.results.ledger import CONFIRM, SEARCH, SweepRecord, TrialRecord
 from prefopt_ray.measures.gain import calibrated_gain
 from prefopt_ray.trial import EndState, Report
 

@@ -15,8 +15,8 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from prefopt_ray.configurations import Configuration, configuration_of, configurations
-from prefopt_ray.ledger import CONFIRM, SEARCH, Decision, Ledger, SweepRecord, TrialRecord, drift_per_token
+from prefopt_ray.results.configurations import Configuration, configuration_of, configurations
+from prefopt_ray.results.ledger import CONFIRM, SEARCH, Decision, Ledger, SweepRecord, TrialRecord, drift_per_token
 from prefopt_ray.tracking.runs import SweepTracker
 from prefopt_ray.train.checkpoints import Checkpoints
 from prefopt_ray.trial import EndState, Report, TrialConfig

@@ -16,13 +16,13 @@ from prefopt_ray.engine.base import REFERENCE
 from prefopt_ray.engine.loading import load_tokenizer
 from prefopt_ray.engine.reference import Progress
 from prefopt_ray.errors import PrefoptError, Problem, SweepError
-from prefopt_ray.judgement import JudgedFinalist, Judgement, finalists_to_judge, store
+from prefopt_ray.results.judgement import JudgedFinalist, Judgement, finalists_to_judge, store
 from prefopt_ray.judges.base import Prompt
 from prefopt_ray.judges.completions import Sampled, Sampling, shared_prompts, stored_completions, write_completions
 from prefopt_ray.judges.opening import judge_name, open_judge
 from prefopt_ray.judges.prompts import read_prompts
 from prefopt_ray.judges.tournament import REFERENCE_NAME, Tournament, play
-from prefopt_ray.ledger import SweepRecord
+from prefopt_ray.results.ledger import SweepRecord
 from prefopt_ray.pairs.tokens import Ragged
 from prefopt_ray.prepare import Prepared, WorkerBlueprint, pairs_config
 from prefopt_ray.spec import SweepSpec, load_spec

@@ -11,12 +11,12 @@ from typing import Any
 
 import ray
 
-from prefopt_ray.answer import TEST_FILE
+from prefopt_ray.results.answer import TEST_FILE
 from prefopt_ray.engine.base import ReferencedPairs
 from prefopt_ray.engine.loading import load_tokenizer
 from prefopt_ray.engine.reference import Progress
 from prefopt_ray.errors import CheckpointError, PrefoptError
-from prefopt_ray.ledger import TrialRecord
+from prefopt_ray.results.ledger import TrialRecord
 from prefopt_ray.pairs.tokens import SweepData
 from prefopt_ray.prepare import WorkerBlueprint
 from prefopt_ray.train.evaluations import EvaluationLog

@@ -18,7 +18,7 @@ import ray
 from ray import tune
 
 from prefopt_ray import __version__
-from prefopt_ray.answer import (
+from prefopt_ray.results.answer import (
     Answer,
     finalists,
     find_answer,
@@ -27,12 +27,12 @@ from prefopt_ray.answer import (
     to_confirm,
     trial_folder,
 )
-from prefopt_ray.configurations import configuration_of, configurations
+from prefopt_ray.results.configurations import configuration_of, configurations
 from prefopt_ray.engine.reference import Progress
 from prefopt_ray.errors import InputError, Problem, SweepError
-from prefopt_ray.judgement import Judgement
+from prefopt_ray.results.judgement import Judgement
 from prefopt_ray.judges.opening import check_judge
-from prefopt_ray.ledger import (
+from prefopt_ray.results.ledger import (
     FORMAT,
     LEDGER_FILE,
     Ledger,
@@ -43,7 +43,7 @@ from prefopt_ray.ledger import (
     stop_requested,
 )
 from prefopt_ray.prepare import Prepared, WorkerBlueprint, cache_folder, prepare
-from prefopt_ray.report import answer_lines, leaderboard
+from prefopt_ray.report.lines import answer_lines, leaderboard
 from prefopt_ray.spec import SweepSpec, confirmed_spec, dump_spec, load_spec
 from prefopt_ray.spec.sections import DEFAULT_PRESET, PRESETS, SchedulerSpec
 from prefopt_ray.tracking.delivery import TrackingSettings

@@ -11,7 +11,7 @@ from typing import Protocol
 
 import numpy as np
 
-from prefopt_ray.ledger import Decision
+from prefopt_ray.results.ledger import Decision
 
 
 @dataclass(frozen=True)

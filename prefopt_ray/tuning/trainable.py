@@ -17,7 +17,7 @@ from typing import Any
 
 from ray import tune
 
-from prefopt_ray.ledger import stop_requested
+from prefopt_ray.results.ledger import stop_requested
 from prefopt_ray.train import Worker, train
 from prefopt_ray.train.state import WORST
 from prefopt_ray.trial import Report, TrialConfig

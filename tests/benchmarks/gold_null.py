@@ -14,9 +14,9 @@ from pathlib import Path
 import numpy as np
 from benchmarks.gold_trials import RecordedTrial
 
-from prefopt_ray.answer import EVALUATIONS_FILE, TEST_FILE, Answer, finalists, find_answer, to_confirm
-from prefopt_ray.configurations import configuration_of
-from prefopt_ray.ledger import CONFIRM, SEARCH, Ledger, read_sweep
+from prefopt_ray.results.answer import EVALUATIONS_FILE, TEST_FILE, Answer, finalists, find_answer, to_confirm
+from prefopt_ray.results.configurations import configuration_of
+from prefopt_ray.results.ledger import CONFIRM, SEARCH, Ledger, read_sweep
 from prefopt_ray.losses.cards import find_card
 from prefopt_ray.measures.gain import calibrated_gain
 from prefopt_ray.measures.metrics import margins

@@ -13,10 +13,10 @@ from judges.test_reward_model import save_reward_model
 
 from prefopt_ray.cli import main
 from prefopt_ray.errors import SweepError
-from prefopt_ray.judgement import Judgement, judgement_lines, stored_judgements
+from prefopt_ray.results.judgement import Judgement, judgement_lines, stored_judgements
 from prefopt_ray.judges.base import Prompt, silent
 from prefopt_ray.judges.reward_model import RewardModel
-from prefopt_ray.ledger import SweepRecord, read_sweep
+from prefopt_ray.results.ledger import SweepRecord, read_sweep
 from prefopt_ray.prepare import open_worker
 from prefopt_ray.spec import load_spec
 from prefopt_ray.train.export import load_best

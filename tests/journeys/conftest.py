@@ -7,7 +7,7 @@ import pytest
 from journeys.journey import Outcome, prefopt, spec_text, write_pairs
 from tiny import save_chat_model
 
-from prefopt_ray.ledger import SweepRecord, read_sweep
+from prefopt_ray.results.ledger import SweepRecord, read_sweep
 
 
 @dataclass(frozen=True)

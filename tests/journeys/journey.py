@@ -12,7 +12,7 @@ from pathlib import Path
 
 import numpy as np
 
-from prefopt_ray.ledger import SweepRecord, read_sweep
+from prefopt_ray.results.ledger import SweepRecord, read_sweep
 
 WORDS = "time year people way day man thing woman life child world school state family student group".split()
 

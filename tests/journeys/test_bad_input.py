@@ -11,7 +11,7 @@ import pytest
 from tiny import trial_config
 
 from prefopt_ray.cli import main
-from prefopt_ray.ledger import LEDGER_FILE, Ledger
+from prefopt_ray.results.ledger import LEDGER_FILE, Ledger
 
 SPEC = """name: mine
 model: {{policy: {policy}, dtype: float32}}

@@ -8,7 +8,7 @@ from pathlib import Path
 from journeys.conftest import FinishedSweep
 from journeys.journey import interrupt, prefopt, start, wait_for
 
-from prefopt_ray.ledger import SweepRecord, read_events, read_sweep
+from prefopt_ray.results.ledger import SweepRecord, read_events, read_sweep
 from prefopt_ray.trial import EndState
 from prefopt_ray.tuning.rungs import Arrival, SuccessiveHalving
 

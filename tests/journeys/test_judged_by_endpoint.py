@@ -11,7 +11,7 @@ from journeys.journey import Outcome, prefopt, spec_text
 from judges.judge_server import Played, judge_server, prefers_longer
 
 from prefopt_ray.cli import main
-from prefopt_ray.ledger import SweepRecord, read_sweep
+from prefopt_ray.results.ledger import SweepRecord, read_sweep
 
 KEY = "sk-journey-4f1d0c9b8a7e6f5d"
 PRICES = "{input: 1.0, output: 10.0}"

@@ -20,7 +20,7 @@ from matplotlib.colors import to_rgb
 from matplotlib.image import imread
 from nbclient import NotebookClient
 
-from prefopt_ray import figures
+from prefopt_ray.report import trial_figure as figures
 
 ROOT = Path(__file__).parents[2]
 NOTEBOOK = ROOT / "sweeps" / "notebooks" / "trial_in_a_notebook.ipynb"

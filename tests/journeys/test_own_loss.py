@@ -9,7 +9,7 @@ import pytest
 from journeys.journey import environment, prefopt, spec_text
 
 from prefopt_ray.cli import main
-from prefopt_ray.ledger import SweepRecord, read_sweep
+from prefopt_ray.results.ledger import SweepRecord, read_sweep
 
 GUIDE = (Path(__file__).parents[2] / "docs" / "guides" / "your-own-loss.md").read_text()
 DEFINITION, SWEEP = re.findall(r"```python\n(.*?)```", GUIDE, flags=re.DOTALL)

@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 from journeys.journey import interrupt, prefopt, spec_text, start, wait_for
 
-from prefopt_ray.configurations import configurations
-from prefopt_ray.ledger import CONFIRM, SweepRecord, read_sweep
+from prefopt_ray.results.configurations import configurations
+from prefopt_ray.results.ledger import CONFIRM, SweepRecord, read_sweep
 from prefopt_ray.trial import EndState
 
 

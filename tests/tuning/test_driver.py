@@ -7,8 +7,8 @@ import pytest
 from sweep_folder import VERDICT, report
 from tiny import trial_config
 
-from prefopt_ray.configurations import configurations
-from prefopt_ray.ledger import Decision, Ledger, SweepRecord, TrialRecord, read_events, read_sweep
+from prefopt_ray.results.configurations import configurations
+from prefopt_ray.results.ledger import Decision, Ledger, SweepRecord, TrialRecord, read_events, read_sweep
 from prefopt_ray.tracking.delivery import TrackingSettings
 from prefopt_ray.tracking.runs import SweepIdentity, SweepTracker
 from prefopt_ray.trial import EndState, Report

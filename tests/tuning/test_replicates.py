@@ -12,8 +12,8 @@ from hypothesis import strategies as st
 from sweep_folder import VERDICT, report
 from tiny import trial_config
 
-from prefopt_ray.configurations import Configuration, configurations
-from prefopt_ray.ledger import CONFIRM, Ledger, SweepRecord, TrialRecord, read_events, read_sweep
+from prefopt_ray.results.configurations import Configuration, configurations
+from prefopt_ray.results.ledger import CONFIRM, Ledger, SweepRecord, TrialRecord, read_events, read_sweep
 from prefopt_ray.tracking.delivery import TrackingSettings
 from prefopt_ray.tracking.runs import SweepIdentity, SweepTracker
 from prefopt_ray.trial import EndState, Report

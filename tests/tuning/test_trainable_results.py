@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 from tiny import tiny_worker, trial_config
 
-from prefopt_ray.ledger import request_stop
+from prefopt_ray.results.ledger import request_stop
 from prefopt_ray.train import TrialState, Worker, train
 from prefopt_ray.tuning.trainable import STOP_POLL_S, PreferenceTrainable
 

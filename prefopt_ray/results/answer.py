@@ -15,9 +15,9 @@ from pathlib import Path
 
 import numpy as np
 
-from prefopt_ray.configurations import Configuration, configurations
+from prefopt_ray.results.configurations import Configuration, configurations
 from prefopt_ray.errors import Problem, SweepError
-from prefopt_ray.ledger import CONFIRM, SweepRecord, TrialRecord, drift_per_token
+from prefopt_ray.results.ledger import CONFIRM, SweepRecord, TrialRecord, drift_per_token
 from prefopt_ray.losses.cards import find_card
 from prefopt_ray.measures.compare import (
     Difference,

@@ -12,8 +12,8 @@ from prefopt_ray.cli import main
 from prefopt_ray.engine.base import ReferencedPairs
 from prefopt_ray.errors import SweepError
 from prefopt_ray.gold.bandit import bandit_policies
-from prefopt_ray.ledger import SweepRecord, TrialRecord
-from prefopt_ray.sweep_figures import FIGURES, draw
+from prefopt_ray.results.ledger import SweepRecord, TrialRecord
+from prefopt_ray.report.sweep_figures import FIGURES, draw
 from prefopt_ray.train.evaluations import EvaluationLog
 from prefopt_ray.trial import EndState, Report, Verdict
 

@@ -10,11 +10,11 @@ from pathlib import Path
 import pytest
 
 from prefopt_ray.cli import main
-from prefopt_ray.loss_pages import loss_list, loss_page
+from prefopt_ray.report.loss_pages import loss_list, loss_page
 from prefopt_ray.losses.cards import CARDS, find_card
 from prefopt_ray.spec import load_spec, parse_spec
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 HEAVY = ("torch", "ray", "mlflow", "transformers", "datasets", "optuna", "pandas")
 PAGES = (*CARDS, "ipo", "sigmoid:alpha", "rpo", "mpo", "ipo_sum:js+nll")
 SPEC = """

@@ -14,11 +14,11 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 from rich.text import Text
 
-from prefopt_ray.answer import confirmation, ranking
-from prefopt_ray.calibration import FEW_TRIALS, Calibration, Correlation
-from prefopt_ray.judgement import Judgement
-from prefopt_ray.ledger import SweepRecord, TrialRecord
-from prefopt_ray.report import gold_rewards
+from prefopt_ray.results.answer import confirmation, ranking
+from prefopt_ray.results.calibration import FEW_TRIALS, Calibration, Correlation
+from prefopt_ray.results.judgement import Judgement
+from prefopt_ray.results.ledger import SweepRecord, TrialRecord
+from prefopt_ray.report.lines import gold_rewards
 from prefopt_ray.spec import SweepSpec
 from prefopt_ray.trial import Report
 

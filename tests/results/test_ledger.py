@@ -6,7 +6,7 @@ import pytest
 from sweep_folder import write_sweep
 
 from prefopt_ray.errors import SweepError
-from prefopt_ray.ledger import Ledger, read_sweep
+from prefopt_ray.results.ledger import Ledger, read_sweep
 from prefopt_ray.trial import EndState
 
 

@@ -3,7 +3,7 @@
 import numpy as np
 from matplotlib.axes import Axes
 
-from prefopt_ray.figures import TrialPlot
+from prefopt_ray.report.trial_figure import TrialPlot
 from prefopt_ray.trial import EvaluationConfig, Report, TrainingConfig, TrialConfig, Verdict
 
 CONFIG = TrialConfig(

@@ -11,8 +11,8 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from prefopt_ray.errors import Problem, SweepError
-from prefopt_ray.figures import BLUE, GREY, ORANGE, STYLE
-from prefopt_ray.ledger import SweepRecord, TrialRecord
+from prefopt_ray.report.trial_figure import BLUE, GREY, ORANGE, STYLE
+from prefopt_ray.results.ledger import SweepRecord, TrialRecord
 from prefopt_ray.spec import load_spec
 from prefopt_ray.spec.sections import BANDIT
 from prefopt_ray.train.evaluations import EvaluationLog

@@ -7,8 +7,8 @@ import numpy as np
 import pytest
 from sweep_folder import STEP, margins, write_sweep
 
-from prefopt_ray.answer import finalists, find_answer, to_confirm
-from prefopt_ray.report import answer_json, answer_lines, leaderboard
+from prefopt_ray.results.answer import finalists, find_answer, to_confirm
+from prefopt_ray.report.lines import answer_json, answer_lines, leaderboard
 
 
 def test_a_clear_winner_is_named_with_its_margin_over_the_baseline(tmp_path: Path) -> None:

@@ -7,10 +7,10 @@ import math
 from collections.abc import Iterable
 from typing import Any
 
-from prefopt_ray.answer import Alike, Answer
-from prefopt_ray.configurations import Configuration
-from prefopt_ray.judgement import judgement_lines, stored_judgements
-from prefopt_ray.ledger import SweepRecord, TrialRecord
+from prefopt_ray.results.answer import Alike, Answer
+from prefopt_ray.results.configurations import Configuration
+from prefopt_ray.results.judgement import judgement_lines, stored_judgements
+from prefopt_ray.results.ledger import SweepRecord, TrialRecord
 from prefopt_ray.measures.compare import Difference, GainInterval
 from prefopt_ray.trial import Report
 

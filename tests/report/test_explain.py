@@ -11,8 +11,8 @@ from train.runs import evaluated_at
 
 from prefopt_ray.cli import main
 from prefopt_ray.errors import SweepError
-from prefopt_ray.explain import explain_trial
-from prefopt_ray.ledger import Ledger, read_sweep
+from prefopt_ray.report.explain import explain_trial
+from prefopt_ray.results.ledger import Ledger, read_sweep
 from prefopt_ray.spec import dump_spec
 from prefopt_ray.thresholds import Thresholds
 from prefopt_ray.train import train

@@ -11,13 +11,13 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from prefopt_ray.answer import in_question
-from prefopt_ray.configurations import Configuration
+from prefopt_ray.results.answer import in_question
+from prefopt_ray.results.configurations import Configuration
 from prefopt_ray.errors import Problem, SweepError
 from prefopt_ray.judges.base import Tally
 from prefopt_ray.judges.completions import FOLDER
 from prefopt_ray.judges.tournament import JudgedCompetitor, Tournament, agreeing_pairs
-from prefopt_ray.ledger import SweepRecord
+from prefopt_ray.results.ledger import SweepRecord
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from prefopt_ray.errors import Problem, SweepError
-from prefopt_ray.ledger import SweepRecord, TrialRecord
+from prefopt_ray.results.ledger import SweepRecord, TrialRecord
 from prefopt_ray.measures.verdicts import Check, Reading, Thresholds, conclude, read_rules
 from prefopt_ray.train.history import read_history
 from prefopt_ray.trial import Verdict

@@ -13,8 +13,8 @@ from typing import Any
 import numpy as np
 
 from prefopt_ray.errors import Problem, SweepError
-from prefopt_ray.judgement import Judgement, stored_judgements
-from prefopt_ray.ledger import SEARCH, SweepRecord, TrialRecord, drift_per_token
+from prefopt_ray.results.judgement import Judgement, stored_judgements
+from prefopt_ray.results.ledger import SEARCH, SweepRecord, TrialRecord, drift_per_token
 
 RESAMPLES = 1000
 # Two unrelated measures correlate above .58 one time in twenty with 12 trials, and above .8 with 6.

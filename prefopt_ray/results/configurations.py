@@ -7,7 +7,7 @@ since that step is part of the answer: the one with the best mean gain among tho
 from collections.abc import Iterable
 from dataclasses import dataclass
 
-from prefopt_ray.ledger import CONFIRM, SEARCH, Decision, SweepRecord, TrialRecord
+from prefopt_ray.results.ledger import CONFIRM, SEARCH, Decision, SweepRecord, TrialRecord
 from prefopt_ray.trial import EndState, TrialConfig
 
 INVALID = -1.0  # the score of a configuration without a step that counts

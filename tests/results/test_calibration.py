@@ -10,14 +10,14 @@ from rich.console import Console
 from scipy.stats import spearmanr
 from tiny import trial_config
 
-from prefopt_ray.calibration import FEW_TRIALS, calibrate_sweep, spearman
+from prefopt_ray.results.calibration import FEW_TRIALS, calibrate_sweep, spearman
 from prefopt_ray.errors import SweepError
-from prefopt_ray.judgement import JudgedFinalist, Judgement, store
+from prefopt_ray.results.judgement import JudgedFinalist, Judgement, store
 from prefopt_ray.judges.base import Prompt
 from prefopt_ray.judges.functions import FunctionScores
 from prefopt_ray.judges.tournament import REFERENCE_NAME, play
-from prefopt_ray.ledger import CONFIRM, Ledger, SweepRecord, read_sweep
-from prefopt_ray.terminal import calibration_table
+from prefopt_ray.results.ledger import CONFIRM, Ledger, SweepRecord, read_sweep
+from prefopt_ray.report.terminal import calibration_table
 from prefopt_ray.train.scorers import Completion
 from prefopt_ray.trial import EndState, Report, Verdict
 

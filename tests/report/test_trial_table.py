@@ -8,7 +8,7 @@ import pytest
 from rich.console import Console
 from sweep_folder import write_sweep
 
-from prefopt_ray.terminal import trial_table
+from prefopt_ray.report.terminal import trial_table
 
 
 @pytest.mark.parametrize(("loss", "params", "beta"), [
