@@ -67,6 +67,7 @@ class LossCard:
     learning_rate_full: Range
     bradley_terry: bool  # -log sigma of the scaled reward: calibration is meaningful
     bounded_below: bool = True
+    start_is_scale: bool = True  # twice the loss at the start is a lot; not for a steep penalty that starts at zero
     scope: str = "pair"  # pair: a row's loss depends on its own row (and the state); batch: on the whole batch
     stateful: bool = False
     experimental: bool = False  # not among the widely used ones, which stand first everywhere

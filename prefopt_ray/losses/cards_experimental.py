@@ -116,10 +116,10 @@ _PAIRWISE = (
                 fixed("lambda", 50.0, Range(5.0, 500.0), lower_inclusive=True,
                       meaning="penalty on a chosen completion below its reference likelihood")),
         needs=REFERENCE, reward="sum", beta_unit=PER_NAT, loss_at_start=ln2, **DPO_RATES,
-        bradley_terry=False, experimental=True, trl="none",
+        bradley_terry=False, start_is_scale=False, experimental=True, trl="none",
         note="train/loss_norm is not scale-free here: the loss grows by beta x lambda (15 at the defaults) for every "
-             "nat that a chosen completion falls, so 0.07 nats double it. A large value alone is no divergence, but "
-             "the verdict reads it so unless a spec raises verdicts: {loss_norm_limit: ...}.",
+             "nat that a chosen completion falls, so 0.07 nats double it. A large value alone is no divergence, and "
+             "the verdict does not read it.",
     ),
     LossCard(
         name="rdpo", title="R-DPO, length-regularised", formula="-log sigma(u + alpha (|yc| - |yr|))",

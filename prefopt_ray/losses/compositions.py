@@ -104,6 +104,7 @@ def _mixture(cards: list[LossCard]) -> LossCard:
         loss_at_start=_weighted_start(cards),
         bradley_terry=False,
         bounded_below=all(card.bounded_below for card in cards),
+        start_is_scale=all(card.start_is_scale for card in cards),
         scope="batch" if any(card.scope == "batch" for card in cards) else "pair",
         stateful=any(card.stateful for card in cards),
         experimental=any(card.experimental for card in cards),

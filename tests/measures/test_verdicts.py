@@ -493,6 +493,14 @@ def test_pairs_ranked_backwards_are_said_to_be():
     assert "backwards" not in judge(history(evaluations=[unmoved(100)], budget_steps=100)).evidence
 
 
+def test_a_loss_whose_start_is_no_scale_does_not_diverge_by_being_large():
+    def headline(loss: str) -> str:
+        return judge(history(loss=loss, steps=steps_from([5.0] * 80), evaluations=[start()])).headline
+
+    assert headline("sigmoid") == "diverged"
+    assert headline("dpop") == headline("dpop+nll") == "inconclusive"
+
+
 def test_a_policy_that_moved_and_fitted_its_pairs_is_not_underfit():
     moved = evaluation(100, effect=0.0, probe=1.0, samples=samples(0.2))
     assert judge(history(evaluations=[moved], budget_steps=100)).headline == "inconclusive"

@@ -1,6 +1,7 @@
 """Rule 1, diverged: the numbers blew up. Read from the optimizer steps, and the probe's loss at evaluations.
 
-Linear in the history. Scale-free, because every loss is divided by its value at the start.
+Linear in the history. Scale-free, because every loss is divided by its value at the start; where that is no scale
+(`LossCard.start_is_scale`), only what is not finite and the gradient tell.
 """
 
 import math
@@ -17,13 +18,11 @@ from prefopt_ray.thresholds import Thresholds
 def diverged(history: TrialHistory, thresholds: Thresholds) -> Reading:
     """The earliest sign of numbers blowing up."""
     finite = _finite_steps(history)
-    signs = [
-        _not_finite(history),
-        _loss_ran_up(finite, history.warmup_steps, thresholds),
-        _probe_loss_ran_up(history, thresholds),
-        _grad_spikes(finite, thresholds),
-    ]
-    if not find_card(history.loss).bounded_below:
+    card = find_card(history.loss)
+    signs = [_not_finite(history), _grad_spikes(finite, thresholds)]
+    if card.start_is_scale:
+        signs += [_loss_ran_up(finite, history.warmup_steps, thresholds), _probe_loss_ran_up(history, thresholds)]
+    if not card.bounded_below:
         signs.append(_loss_ran_down(finite, thresholds))
     return reading("diverged", signs)
 
