@@ -24,7 +24,7 @@ class Outcome:
     err: str
 
 
-def prefopt(*arguments: str, cwd: Path, timeout_s: float = 240) -> Outcome:
+def prefopt(*arguments: str, cwd: Path, timeout_s: float = 600) -> Outcome:
     done = subprocess.run(command(*arguments), cwd=cwd, env=environment(), capture_output=True, text=True, timeout=timeout_s)
     return Outcome(done.returncode, done.stdout, done.stderr)
 
@@ -48,7 +48,7 @@ def environment() -> dict[str, str]:
 
 def wait_for(sweep_ready: Callable[[SweepRecord], bool], storage: Path, process: subprocess.Popen[str]) -> SweepRecord:
     """Until the ledger of the only sweep in `storage` shows it, while the process lives."""
-    deadline = time.monotonic() + 180
+    deadline = time.monotonic() + 600
     while time.monotonic() < deadline:
         folders = list(storage.glob("*/ledger.jsonl"))
         if folders:
@@ -66,7 +66,7 @@ def interrupt(process: subprocess.Popen[str], *, how: signal.Signals) -> int:
         os.killpg(process.pid, how)
     else:
         process.send_signal(how)
-    return process.wait(timeout=120)
+    return process.wait(timeout=300)
 
 
 def write_pairs(path: Path, *, count: int = 160, seed: int = 0) -> Path:
