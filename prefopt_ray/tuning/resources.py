@@ -2,6 +2,8 @@
 
 import logging
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import ray
 import torch
@@ -14,19 +16,32 @@ def start_ray() -> None:
     """Connect to the cluster that RAY_ADDRESS names, else start a quiet one on this machine; once per process."""
     if ray.is_initialized():
         return
-    for name, value in {
-        "TUNE_DISABLE_AUTO_CALLBACK_LOGGERS": "1",  # ledger and per-pair files hold everything
-        "RAY_AIR_NEW_OUTPUT": "0",
-        "TUNE_GLOBAL_CHECKPOINT_S": "3600",  # Tune's own state is never read back
-        "RAY_CHDIR_TO_TRIAL_DIR": "0",
-        "RAY_USAGE_STATS_ENABLED": "0",
-    }.items():
-        os.environ.setdefault(name, value)
+    for name in ("RAY_CHDIR_TO_TRIAL_DIR", "RAY_USAGE_STATS_ENABLED"):
+        os.environ.setdefault(name, "0")
     for logger in ("ray.tune", "ray.train", "ray.data"):
         logging.getLogger(logger).setLevel(logging.CRITICAL)  # a trial's traceback goes into its folder
     # On this machine a GPU counts if torch can use it, not if the driver shows one to Ray.
     local = {} if os.environ.get("RAY_ADDRESS") else {"include_dashboard": False, "num_gpus": torch.cuda.device_count()}
     ray.init(log_to_driver=False, logging_level=logging.ERROR, **local)
+
+
+@contextmanager
+def tune_settings() -> Iterator[None]:
+    """Tune as a sweep wants it, within: a notebook's own Tune runs afterwards keep their loggers and tables."""
+    added = {name: value for name, value in _TUNE_SETTINGS.items() if name not in os.environ}
+    os.environ.update(added)
+    try:
+        yield
+    finally:
+        for name in added:
+            os.environ.pop(name, None)
+
+
+_TUNE_SETTINGS = {
+    "TUNE_DISABLE_AUTO_CALLBACK_LOGGERS": "1",  # ledger and per-pair files hold everything
+    "RAY_AIR_NEW_OUTPUT": "0",
+    "TUNE_GLOBAL_CHECKPOINT_S": "3600",  # Tune's own state is never read back
+}
 
 
 def refuse_impossible(spec: SweepSpec) -> None:

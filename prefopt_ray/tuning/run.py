@@ -53,7 +53,7 @@ from prefopt_ray.trial import TrialConfig
 from prefopt_ray.tuning.driver import MAX_PROCESS_DEATHS, ConfirmRun, Replicas, SweepDriver
 from prefopt_ray.tuning.judging import Ground, Question, judge_at_end, judge_sweep
 from prefopt_ray.tuning.passes import reference_pass, score_on_test
-from prefopt_ray.tuning.resources import refuse_impossible, slots, start_ray, trial_resources
+from prefopt_ray.tuning.resources import refuse_impossible, slots, start_ray, trial_resources, tune_settings
 from prefopt_ray.tuning.rungs import FixedStops, NoStops, StopRule, SuccessiveHalving
 from prefopt_ray.tuning.seams import DriverCallback, DriverScheduler, DriverSearcher
 from prefopt_ray.tuning.search import Listed, Point, Proposer, Tpe, listed_points
@@ -158,7 +158,8 @@ def _session(
         driver = _driver(spec, prepared, sweep, ledger=ledger, tracker=tracker)
         observer.started(sweep, spec, list(prepared.warnings))
         shared = ray.put(blueprint)  # once per node
-        _run_trials(shared, driver, spec, reserved=reserved, observer=observer)
+        with tune_settings():
+            _run_trials(shared, driver, spec, reserved=reserved, observer=observer)
         if stop_requested(sweep.folder):
             tracker.paused()
         else:

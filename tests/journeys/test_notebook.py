@@ -118,6 +118,7 @@ def _use_own_jupyter(patch: pytest.MonkeyPatch, folder: Path) -> None:
     kernel.joinpath("kernel.json").write_text(
         json.dumps({"argv": command, "display_name": "Python 3", "language": "python"})
     )
+    assert not [name for name in os.environ if name.startswith("TUNE_")]  # a sweep run earlier leaves Tune as it was
     patch.setenv("JUPYTER_PATH", str(folder))
     patch.setenv("JUPYTER_RUNTIME_DIR", str(folder / "runtime"))
     patch.setenv("IPYTHONDIR", str(folder / "ipython"))
