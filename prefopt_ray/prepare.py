@@ -18,12 +18,15 @@ from prefopt_ray.engine.loading import (
     ModelSource,
     check_length_fits,
     check_tokens_fit,
+    load_config,
     load_model,
     load_tokenizer,
     local_adapter,
     source_digest,
 )
-from prefopt_ray.engine.plain import PlainEngine
+from prefopt_ray.engine.choose import EngineChoice, choose_engine, open_engine
+from prefopt_ray.engine.local import LocalEngine
+from prefopt_ray.engine.memory import scoring_tokens
 from prefopt_ray.engine.reference import Progress, ReferenceKey, reference_parts, stored_parts
 from prefopt_ray.gold.bandit import bandit_rows, ensure_bandit
 from prefopt_ray.gold.base import ensure_gold_base
@@ -42,7 +45,7 @@ from prefopt_ray.spec.evaluation_plan import Workload, share
 from prefopt_ray.spec.sections import TrainingSpec
 from prefopt_ray.thresholds import Thresholds
 from prefopt_ray.train import Worker, make_worker
-from prefopt_ray.trial import ExecutionPlan, TrialConfig
+from prefopt_ray.trial import AdapterConfig, ExecutionPlan, TrialConfig
 
 GOLD, BANDIT = "gold", "bandit"
 DEFAULT_SHARE = 0.2  # a select or test part that the spec does not name takes at most this share of the train source
@@ -70,7 +73,7 @@ class WorkerBlueprint:
     gold: bool
     threads: int
     device: str  # cpu | cuda
-    micro_batch_pairs: int
+    choice: EngineChoice
     needs: frozenset[str] = frozenset()  # of all losses that will train
     losses: tuple[RegisteredLoss, ...] = ()  # those of them that another process cannot find by name alone
     thresholds: Thresholds = Thresholds()
@@ -94,7 +97,7 @@ class WorkerBlueprint:
             thresholds=self.thresholds,
         )
 
-    def open_engine(self) -> PlainEngine:
+    def open_engine(self) -> LocalEngine:
         torch.set_num_threads(self.threads)
         device = torch.device(self.device)
         # Full fine-tuning in bfloat16 would round small updates away: float32 weights, bfloat16 arithmetic.
@@ -103,17 +106,20 @@ class WorkerBlueprint:
         model = load_model(self.model, device=device, weights_dtype=weights)
         check_tokens_fit(model, load_tokenizer(self.model), largest_id=self.largest_id)
         check_length_fits(model, longest=self.longest_pair)
-        plan = ExecutionPlan(
-            engine="plain", device=self.device, dtype=self.model.dtype,
-            attention=str(model.config._attn_implementation), threads=self.threads,
-            micro_batch_pairs=self.micro_batch_pairs, versions=_versions(),
-        )
         other = self.reference
-        return PlainEngine(
-            model, plan=plan, pad_id=self.pad_id, eos_ids=self.eos_ids, autocast=autocast,
+        return open_engine(
+            self.choice, model, plan=self.plan, pad_id=self.pad_id, eos_ids=self.eos_ids, autocast=autocast,
             separate_reference=(
                 (lambda: load_model(other, device=device, weights_dtype=weights)) if other else None
             ),
+        )
+
+    @property
+    def plan(self) -> ExecutionPlan:
+        """How trials will be computed, as far as it is known before the model is loaded."""
+        return ExecutionPlan(
+            engine=self.choice.engine, device=self.device, dtype=self.model.dtype, attention="", threads=self.threads,
+            reason=self.choice.reason, scoring_tokens=scoring_tokens(self.device), versions=_versions(),
         )
 
     def with_reference(
@@ -135,7 +141,8 @@ class WorkerBlueprint:
         dtype = f"{self.model.dtype}{'/autocast' if self.full_finetuning else ''}"
         # Another number of threads adds up in another order, and step 0 would no longer equal the reference exactly.
         device = f"cpu/{self.threads}" if self.device == "cpu" else self.device
-        return ReferenceKey(self.reference_weights, dtype, "default", device)
+        layout = f"{self.plan.engine}/{self.plan.scoring_tokens}"
+        return ReferenceKey(self.reference_weights, dtype, "default", device, layout)
 
 
 @dataclass(frozen=True)
@@ -158,7 +165,7 @@ class Prepared:
     def trial_config(self, loss: str, values: Mapping[str, float]) -> TrialConfig:
         """One trial of the spec on these pairs. Raises SpecError if `values` are not the loss's."""
         return self.spec.trial_config(
-            loss, values, train_pairs=self.train_pairs, max_tokens_hint=self.longest_tokens, workload=self.workload
+            loss, values, train_pairs=self.train_pairs, workload=self.workload
         )
 
     @property
@@ -190,7 +197,6 @@ def prepare(spec: SweepSpec, *, stage: Stage, device: str, threads: int) -> Prep
     tokenizer = load_tokenizer(source)
     pairs = pairs_config(spec, source)
     loaded = load_sweep_data(pairs, tokenizer, cache=cache_folder(spec) / "pairs", progress=stage("tokenising"))
-    longest = int(loaded.data.train.longest.max())
     reference = _reference_source(spec, source)
     weights = source_digest(source)
     evaluation = spec.evaluation(
@@ -211,7 +217,7 @@ def prepare(spec: SweepSpec, *, stage: Stage, device: str, threads: int) -> Prep
         gold=spec.data.is_gold,
         threads=threads,
         device=device,
-        micro_batch_pairs=_micro_batch(spec, len(loaded.data.train), longest),
+        choice=choose_engine(spec.engine, load_config(source), AdapterConfig(**dict(spec.model.adapter))),
         needs=frozenset().union(*(find_card(loss).needs for loss in _trained_losses(spec))),
         losses=_registered_among(_trained_losses(spec)),
         thresholds=spec.thresholds,
@@ -324,12 +330,6 @@ def _at_commit(spec: SweepSpec, source: ModelSource) -> SweepSpec:
         return spec
     written = spec.to_dict()
     return SweepSpec.from_dict({**written, "model": {**written["model"], "revision": source.revision}})
-
-
-def _micro_batch(spec: SweepSpec, train_pairs: int, longest: int) -> int:
-    loss, values = spec.baseline_values()
-    config = spec.trial_config(loss, values, train_pairs=train_pairs, max_tokens_hint=longest)
-    return config.training.micro_batch_pairs
 
 
 def _trained_losses(spec: SweepSpec) -> tuple[str, ...]:

@@ -52,7 +52,8 @@ class TrainingConfig:
     total_steps: int  # the schedule's full length
     stop_step: int  # where training ends, <= total_steps
     batch_pairs: int = 64  # pairs per optimizer step
-    micro_batch_pairs: int = 64  # pairs per forward; batch_pairs need not be a multiple
+    # Pairs per forward; batch_pairs need not be a multiple. None = as many as the execution plan's token budget holds.
+    micro_batch_pairs: int | None = None
     schedule: str = "constant"  # constant | linear | cosine, each after the warm-up
     warmup_steps: int = 0
     optimizer: OptimizerConfig = OptimizerConfig()
@@ -149,13 +150,14 @@ class TrialConfig:
 class ExecutionPlan:
     """What else decides the bits: equal plan and equal seed give equal bits on CPU."""
 
-    engine: str
+    engine: str  # flat | plain
     device: str
     dtype: str
     attention: str
     threads: int
-    micro_batch_pairs: int
-    pack_width: int = 1
+    reason: str = ""  # why this engine
+    micro_batch_tokens: int = 2_048  # of one forward with gradients, where the trial names no number of pairs
+    scoring_tokens: int = 2_048  # of one forward without gradients
     versions: Mapping[str, str] = field(default_factory=dict)
 
     def to_dict(self) -> dict[str, Any]:

@@ -15,7 +15,7 @@ from prefopt_ray.trial import AdapterConfig, EvaluationConfig, ExecutionPlan, Tr
 
 VOCABULARY = 64
 PLAN = ExecutionPlan(
-    engine="plain", device="cpu", dtype="float32", attention="sdpa", threads=1, micro_batch_pairs=8
+    engine="plain", device="cpu", dtype="float32", attention="sdpa", threads=1
 )
 
 
@@ -54,7 +54,7 @@ def tiny_engine(model: PreTrainedModel | None = None) -> PlainEngine:
 def referenced(
     engine: PlainEngine, data: SweepData, *, needs: frozenset[str] = frozenset()
 ) -> dict[str, ReferencedPairs]:
-    return reference_parts(engine, data, ReferenceKey("tiny", "float32", "sdpa", "cpu"), cache=None, needs=needs)
+    return reference_parts(engine, data, ReferenceKey("tiny", "float32", "sdpa", "cpu", "rows"), cache=None, needs=needs)
 
 
 def tiny_worker(

@@ -9,43 +9,44 @@ import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from prefopt_ray.engine.batches import SequenceBatch
+from prefopt_ray.engine.batches import Batch
 
 Head = Callable[[Tensor], Tensor]  # (n, d) hidden -> (n, V) logits
 
 CHUNK_ELEMENTS = 2**25  # logits held at once; 128 MiB in float32
 
 
-def completion_logps(hidden: Tensor, batch: SequenceBatch, *, head: Head, vocabulary: int) -> Tensor:
+def completion_logps(hidden: Tensor, batch: Batch, *, head: Head, vocabulary: int) -> Tensor:
     """(N,) float32 log-probs of the completion tokens at the batch's positions; `hidden` is (R, T, d)."""
     return _in_chunks(partial(_token_logps, head), (_at_positions(hidden, batch), batch.targets), vocabulary=vocabulary)
 
 
-def token_square_sums(hidden: Tensor, batch: SequenceBatch, *, head: Head, vocabulary: int) -> Tensor:
+def token_square_sums(hidden: Tensor, batch: Batch, *, head: Head, vocabulary: int) -> Tensor:
     """(N,) log of the sum over the vocabulary of the squared probabilities at each position. No gradient."""
     with torch.no_grad():
         return _in_chunks(partial(_log_square_sum, head), (_at_positions(hidden, batch),), vocabulary=vocabulary)
 
 
 def reference_divergences(
-    policy_hidden: Tensor, reference_hidden: Tensor, batch: SequenceBatch, *, heads: tuple[Head, Head], vocabulary: int
+    policy_hidden: Tensor, reference_hidden: Tensor, batch: Batch, *, heads: tuple[Head, Head], vocabulary: int
 ) -> Tensor:
     """(N,) KL(ref || pi) in nats at each position, differentiable in the policy."""
     states = (_at_positions(policy_hidden, batch), _at_positions(reference_hidden, batch))
     return _in_chunks(partial(_reference_divergence, heads), states, vocabulary=3 * vocabulary)
 
 
-def row_sums(values: Tensor, batch: SequenceBatch) -> Tensor:
+def row_sums(values: Tensor, batch: Batch) -> Tensor:
     """(N,) values at the batch's positions -> (R,) sums over each completion.
 
-    Laid out by row and summed, not index_add: that adds in no fixed order on a GPU.
+    Laid out by completion and summed, not index_add: that adds in no fixed order on a GPU.
     """
-    by_row = torch.zeros(batch.input_ids.numel(), device=values.device).index_copy(0, batch.positions, values)
-    return by_row.view(batch.input_ids.shape).sum(1)
+    width = batch.longest
+    by_row = torch.zeros(batch.row_count * width, dtype=values.dtype, device=values.device)
+    return by_row.index_copy(0, batch.rows * width + batch.places, values).view(batch.row_count, width).sum(1)
 
 
 def divergence_sums(
-    policy_hidden: Tensor, reference_hidden: Tensor, batch: SequenceBatch, *, heads: tuple[Head, Head], vocabulary: int
+    policy_hidden: Tensor, reference_hidden: Tensor, batch: Batch, *, heads: tuple[Head, Head], vocabulary: int
 ) -> tuple[Tensor, Tensor]:
     """(R,) KL(pi || ref) and (R,) entropy of pi, summed over each completion's positions, in nats."""
     policy = policy_hidden.reshape(-1, policy_hidden.shape[-1])[batch.positions]
@@ -63,7 +64,7 @@ def divergence_sums(
     return kl, entropy
 
 
-def _at_positions(hidden: Tensor, batch: SequenceBatch) -> Tensor:
+def _at_positions(hidden: Tensor, batch: Batch) -> Tensor:
     return hidden.reshape(-1, hidden.shape[-1])[batch.positions]  # (N, d)
 
 

@@ -12,7 +12,14 @@ import huggingface_hub
 import torch
 from safetensors import SafetensorError
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    PretrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
 from transformers.utils import ModelOutput
 
 from prefopt_ray.errors import ModelError, Problem
@@ -40,6 +47,14 @@ def load_tokenizer(source: ModelSource) -> PreTrainedTokenizerBase:
         raise ModelError(_cannot_load("tokenizer", source, error)) from error
 
 
+def load_config(source: ModelSource) -> PretrainedConfig:
+    """The model's configuration, without its weights. Raises ModelError."""
+    try:
+        return AutoConfig.from_pretrained(source.model, revision=source.revision)
+    except Exception as error:  # as above; configurations are checked by classes of their own
+        raise ModelError(_cannot_load("model", source, error)) from error
+
+
 def load_model(source: ModelSource, *, device: torch.device, weights_dtype: str | None = None) -> PreTrainedModel:
     """The model, in evaluation mode, with its adapters merged in float32, cast to `weights_dtype` (default: the source's dtype).
 
@@ -52,7 +67,7 @@ def load_model(source: ModelSource, *, device: torch.device, weights_dtype: str 
         model, found = AutoModelForCausalLM.from_pretrained(
             source.model, revision=source.revision, dtype=first, use_safetensors=True, output_loading_info=True
         )
-    except Exception as error:  # as above; configurations are checked by classes of their own
+    except Exception as error:  # as above
         raise ModelError(_cannot_load("model", source, error)) from error
     _require_whole(model, source, missing=sorted(found["missing_keys"]))
     for adapter in source.adapters:

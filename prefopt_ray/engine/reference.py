@@ -20,7 +20,6 @@ from safetensors.numpy import load_file, save_file
 
 from prefopt_ray.engine.base import REFERENCE, Engine, ReferencedPairs
 from prefopt_ray.engine.extras import DERIVED
-from prefopt_ray.engine.plain import SCORING_TOKENS
 from prefopt_ray.errors import ModelError, Problem
 from prefopt_ray.pairs.tokens import PairTokens, SweepData
 
@@ -37,9 +36,10 @@ class ReferenceKey:
     dtype: str
     attention: str
     device: str  # kind of device: kernels differ
+    layout: str  # how tokens lie and how many in one forward: rounding depends on it
 
     def digest(self, pairs: PairTokens) -> str:
-        hasher = hashlib.sha256(json.dumps([*vars(self).values(), SCORING_TOKENS]).encode())
+        hasher = hashlib.sha256(json.dumps([*vars(self).values()]).encode())
         arrays = replace(pairs, scores=None).arrays()  # what a completion is worth changes no log-prob
         for name, array in sorted(arrays.items()):
             hasher.update(f"{name}{array.dtype}{array.shape}".encode())

@@ -8,7 +8,7 @@ import json
 import math
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal, Literal
 
 from pydantic import Field, PlainSerializer, PlainValidator, model_validator
 
@@ -46,7 +46,6 @@ from prefopt_ray.spec.steps import (
     amount_in_steps,
     evaluation_steps,
     full_length,
-    micro_batch,
     middle_first,
     rung_steps,
     sample_steps,
@@ -69,7 +68,7 @@ OBJECTIVES = {"gain": EvaluationConfig.objective, "judge": "judge/win_lcb", "gol
 DEFAULT_BASELINE = Baseline("sigmoid", {})
 
 # What does not change any number of any trial.
-_NOT_CONTENT = ("name", "storage", "tracking", "resources")
+_NOT_CONTENT = ("name", "storage", "tracking", "resources", "engine")
 
 
 class SweepFields(Section):
@@ -91,6 +90,8 @@ class SweepFields(Section):
     replicates: ReplicatesSpec | None = None
     confirm: ConfirmSpec | None = None
     resources: ResourcesSpec = ResourcesSpec()
+    # auto = the flat engine where it serves the model; both give the same numbers to rounding.
+    engine: Literal["auto", "plain"] = "auto"
     tracking: TrackingSpec = TrackingSpec()
     # Relative to where the command runs, not to the spec: a spec in a read-only place still has results.
     storage: Annotated[Path, PlainValidator(parse_storage), PlainSerializer(str), Field(validate_default=True)] = Path(
@@ -223,7 +224,7 @@ class SweepSpec(SweepFields):
 
         `total_steps` is the full length of the schedule.
         """
-        return self._rungs(total_steps) if self.scheduler.kind == "asha" else ()
+        return self._rungs(total_steps) if self.scheduler.has_rungs else ()
 
     def total_steps(self, train_pairs: int) -> int:
         """Optimizer steps of the whole schedule."""
@@ -238,14 +239,12 @@ class SweepSpec(SweepFields):
         return stop
 
     def trial_config(
-        self, loss: str, values: Mapping[str, float], *, train_pairs: int, max_tokens_hint: int | None = None,
-        workload: Workload | None = None,
+        self, loss: str, values: Mapping[str, float], *, train_pairs: int, workload: Workload | None = None
     ) -> TrialConfig:
         """One trial in steps and numbers. `values` holds each of the loss's parameters and `learning_rate`.
 
-        `max_tokens_hint`: tokens of the longest pair, where the data is shorter than `data.max_tokens`; it only
-        decides `micro_batch_pairs: auto`. `workload` decides what `auto` means in `eval` and `samples`; without it
-        they are at their fullest. Raises SpecError if the values are not the loss's.
+        `workload` decides what `auto` means in `eval` and `samples`; without it they are at their fullest. Raises
+        SpecError if the values are not the loss's.
         """
         card = find_card(loss)
         _check_point(card, values)
@@ -254,7 +253,7 @@ class SweepSpec(SweepFields):
             loss=card.name,
             loss_params={name: float(values[name]) for name in card.param_names},
             learning_rate=float(values[LEARNING_RATE]),
-            training=self._training(total, max_tokens_hint or self.data.max_tokens),
+            training=self._training(total),
             evaluation=self.evaluation(total, workload),
             adapter=AdapterConfig(**dict(self.model.adapter)),
             guards=GuardConfig(**dict(self.guards), drift_limit_per_token=self.thresholds.drift_limit_per_token),
@@ -267,13 +266,13 @@ class SweepSpec(SweepFields):
             return 0
         return min(self.stop_step(total_steps), max(1, amount_in_steps(self.replicates.from_, total_steps)))
 
-    def _training(self, total: int, max_tokens: int) -> TrainingConfig:
+    def _training(self, total: int) -> TrainingConfig:
         training = self.training
         return TrainingConfig(
             total_steps=total,
             stop_step=self.stop_step(total),
             batch_pairs=training.batch_pairs,
-            micro_batch_pairs=micro_batch(training, max_tokens),
+            micro_batch_pairs=None if training.micro_batch_pairs == AUTO else training.micro_batch_pairs,
             schedule=training.schedule,
             warmup_steps=amount_in_steps(training.warmup, total),
             optimizer=OptimizerConfig(**dict(training.optimizer)),

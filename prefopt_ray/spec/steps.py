@@ -9,11 +9,6 @@ from fractions import Fraction
 
 from prefopt_ray.spec.sections import DEFAULT_PRESET, PRESETS, RUNGS, Preset, SchedulerSpec, TrainingSpec
 
-# Tokens of one forward pass at `micro_batch_pairs: auto`, both sequences of a pair counted at full length. Enough
-# to keep a GPU busy at 8 pairs of 1024 tokens; a starting point, not a promise that it fits.
-MICRO_BATCH_TOKENS = 16_384
-
-
 # Where trials are evaluated at `eval.at: auto`: quarters for the course, rungs for the decisions, 1 % for early damage.
 OPTIONAL_EVALUATIONS = ("25%", "50%", "75%")
 AUTO_EVALUATIONS = (0, "1%", RUNGS, *OPTIONAL_EVALUATIONS)
@@ -39,9 +34,8 @@ def rung_steps(scheduler: SchedulerSpec, total: int, last: int) -> tuple[int, ..
 
     Each rung is rounded by itself: 11 x 3 x 3 would put a rung at step 99 of 100.
     """
-    preset = PRESETS[scheduler.preset or DEFAULT_PRESET]
-    factor = scheduler.keep_one_in or preset.keep_one_in
-    exact = _first_rung(scheduler, preset, total)
+    factor = scheduler.factor
+    exact = _first_rung(scheduler, PRESETS[scheduler.preset or DEFAULT_PRESET], total)
     steps = set()
     while exact < last:
         steps.add(max(1, _nearest(exact)))
@@ -68,13 +62,6 @@ def sample_steps(at: Iterable[int | str], rungs: tuple[int, ...], total: int, la
     at = tuple(at)
     end = {last} if RUNGS in at else set()
     return tuple(sorted(_positions(at, rungs, total=total, last=last) | end))
-
-
-def micro_batch(training: TrainingSpec, max_tokens: int) -> int:
-    """Pairs per forward pass."""
-    if training.micro_batch_pairs != "auto":
-        return min(training.micro_batch_pairs, training.batch_pairs)
-    return max(1, min(training.batch_pairs, MICRO_BATCH_TOKENS // (2 * max_tokens)))
 
 
 def _first_rung(scheduler: SchedulerSpec, preset: Preset, total: int) -> Fraction:

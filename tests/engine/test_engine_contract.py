@@ -36,12 +36,17 @@ from transformers import (
 )
 
 from prefopt_ray.engine.base import REFERENCE, Engine
+from prefopt_ray.engine.flat.engine import FlatEngine
 from prefopt_ray.engine.plain import PlainEngine
 from prefopt_ray.errors import ModelError
 from prefopt_ray.trial import OptimizerConfig, TrialConfig
 
 MakeEngine = Callable[[PreTrainedModel], Engine]
-ENGINES: dict[str, MakeEngine] = {"plain": tiny_engine}
+ENGINES: dict[str, MakeEngine] = {
+    "plain": tiny_engine,
+    "rows": lambda model: PlainEngine(model, plan=PLAN, pad_id=0, eos_ids=(2,), share_prompt=False),
+    "flat": lambda model: FlatEngine(model, plan=PLAN, pad_id=0, eos_ids=(2,)),
+}
 
 EVERY_ENGINE = pytest.mark.parametrize("make", ENGINES.values(), ids=ENGINES.keys())
 EVERY_ADAPTER = pytest.mark.parametrize("adapter", ["lora", "none"])
@@ -293,7 +298,7 @@ def test_an_error_while_the_reference_computes_switches_the_adapter_on_again() -
     engine, trial = stepped(tiny_llama(), learning_rate=1e-2)
     before = engine.score(0, trial.pairs.tokens)
     trainable = {name for name, p in engine._model.named_parameters() if p.requires_grad}
-    with pytest.raises(ZeroDivisionError), engine._policy(REFERENCE):
+    with pytest.raises(ZeroDivisionError), engine._slots.policy(REFERENCE):
         raise ZeroDivisionError
     assert {name for name, p in engine._model.named_parameters() if p.requires_grad} == trainable
     assert np.array_equal(engine.score(0, trial.pairs.tokens), before)
@@ -493,8 +498,8 @@ def test_an_exported_model_loads_with_transformers_as_it_came(make: MakeEngine, 
 
 
 @EVERY_ENGINE
-def test_scoring_tells_how_far_it_is(make: MakeEngine, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("prefopt_ray.engine.plain.SCORING_TOKENS", 64)
-    told: list[int] = []
-    make(tiny_llama()).score(REFERENCE, random_pairs(10), advance=told.append)
+def test_scoring_tells_how_far_it_is(make: MakeEngine) -> None:
+    engine, told = make(tiny_llama()), []
+    engine.plan = replace(engine.plan, scoring_tokens=64)
+    engine.score(REFERENCE, random_pairs(10), advance=told.append)
     assert sum(told) == 10 and len(told) > 2

@@ -21,7 +21,7 @@ from prefopt_ray.pairs.tokens import PairTokens
 from prefopt_ray.trial import OptimizerConfig
 
 EVERYTHING = frozenset({"per_token", "token_sq", "distribution", "mismatched", "scores"})
-KEY = ReferenceKey("tiny", "float32", "sdpa", "cpu")
+KEY = ReferenceKey("tiny", "float32", "sdpa", "cpu", "rows")
 
 
 def scored_data():

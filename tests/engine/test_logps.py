@@ -1,6 +1,7 @@
 """Completion log-probs against the model's own full logits, whatever the architecture, padding or chunk."""
 
 from collections.abc import Callable
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -24,7 +25,7 @@ from transformers import (
     Qwen2Config,
 )
 
-from prefopt_ray.engine import head, plain
+from prefopt_ray.engine import head
 from prefopt_ray.engine.base import REFERENCE
 from prefopt_ray.engine.plain import PlainEngine
 from prefopt_ray.errors import ModelError
@@ -112,12 +113,12 @@ def test_a_pair_scores_the_same_alone_and_beside_long_neighbours() -> None:
     assert together == pytest.approx(alone, abs=1e-4)
 
 
-def test_row_order_and_batch_size_change_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_row_order_and_batch_size_change_nothing() -> None:
     engine, pairs = tiny_engine(), random_pairs(24, longest=30)
     whole = engine.score(REFERENCE, pairs)
     order = np.random.default_rng(0).permutation(24)
     assert engine.score(REFERENCE, pairs.take(order)) == pytest.approx(whole[order], abs=1e-4)
-    monkeypatch.setattr(plain, "SCORING_TOKENS", 100)
+    engine.plan = replace(engine.plan, scoring_tokens=100)
     assert engine.score(REFERENCE, pairs) == pytest.approx(whole, abs=1e-4)
 
 

@@ -22,7 +22,7 @@ from prefopt_ray.pairs.tokens import PairTokens, Ragged, SweepData
 from prefopt_ray.train import make_worker, train
 from prefopt_ray.trial import unpack_points
 
-KEY = ReferenceKey(weights="w", dtype="float32", attention="sdpa", device="cpu")
+KEY = ReferenceKey(weights="w", dtype="float32", attention="sdpa", device="cpu", layout="rows")
 
 
 class CountedEngine(PlainEngine):

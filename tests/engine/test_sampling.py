@@ -1,6 +1,7 @@
 """Samples of the policy: from the whole distribution, repeatable, with exact divergences per position."""
 
 from copy import deepcopy
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -8,7 +9,6 @@ import torch
 from engine.oracle import slow_divergence, slow_token_logps, stepped
 from tiny import VOCABULARY, random_pairs, tiny_engine, tiny_llama, trial_config
 
-from prefopt_ray.engine import plain
 from prefopt_ray.engine.base import REFERENCE, Samples
 from prefopt_ray.engine.plain import PlainEngine
 from prefopt_ray.pairs.tokens import PairTokens, Ragged
@@ -154,8 +154,9 @@ def test_an_untrained_policy_has_no_kl(adapter: str) -> None:
     assert (engine.sample(0, random_pairs(8).prompt, max_new_tokens=6, seed=0).kl == 0).all()
 
 
-def test_large_prompt_sets_are_drawn_in_parts(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(plain, "SCORING_TOKENS", 100)
-    samples = tiny_engine().sample(REFERENCE, random_pairs(20).prompt, max_new_tokens=5, seed=0)
+def test_large_prompt_sets_are_drawn_in_parts() -> None:
+    engine = tiny_engine()
+    engine.plan = replace(engine.plan, scoring_tokens=100)
+    samples = engine.sample(REFERENCE, random_pairs(20).prompt, max_new_tokens=5, seed=0)
     assert len(samples.completions) == len(samples.kl) == len(samples.positions) == 20
     assert len({samples.completions[i].tobytes() for i in range(20)}) > 15, "parts must not repeat each other's draws"

@@ -67,7 +67,7 @@ def test_scores_that_nobody_names_are_not_read_however_broken(make_tokenizer):
 
 
 def test_other_scores_are_other_data_with_the_same_reference(make_tokenizer):
-    key = ReferenceKey("w", "float32", "sdpa", "cpu")
+    key = ReferenceKey("w", "float32", "sdpa", "cpu", "rows")
     with_scores, others, without = (
         load(make_tokenizer(), rows()), load(make_tokenizer(), rows(score_chosen=9.5)),
         load(make_tokenizer(), rows(), columns={}),

@@ -180,14 +180,10 @@ def test_fixed_stop_steps_are_evaluated():
     assert spec.trial_config("dpo", POINT, train_pairs=9).evaluation.steps == (0, 1, 17, 100)
 
 
-@pytest.mark.parametrize(
-    ("training", "hint", "pairs"),
-    [({}, None, 4), ({}, 32, 64), ({}, 20_000, 1), ({"batch_pairs": 2}, None, 2), ({"micro_batch_pairs": 3}, None, 3)],
-)
-def test_the_micro_batch_fills_16384_tokens(training, hint, pairs):
-    spec = example(training={"steps": 100} | training)
-    config = spec.trial_config("dpo", POINT, train_pairs=9, max_tokens_hint=hint)
-    assert config.training.micro_batch_pairs == pairs
+@pytest.mark.parametrize(("written", "pairs"), [({}, None), ({"micro_batch_pairs": "auto"}, None), ({"micro_batch_pairs": 3}, 3)])
+def test_pairs_per_forward_are_the_engine_s_choice_unless_written(written, pairs):
+    spec = example(training={"steps": 100} | written)
+    assert spec.trial_config("dpo", POINT, train_pairs=9).training.micro_batch_pairs == pairs
 
 
 def test_a_trial_config_carries_the_spec():

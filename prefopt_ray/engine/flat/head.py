@@ -1,0 +1,47 @@
+"""Log-probs of completion tokens through a frozen linear head, with the gradient computed in the forward pass.
+
+d log p(y | h) / dh = W[y] - softmax(h W^T) W needs nothing from above, so each chunk of logits gives value and slope
+at once and is dropped: two products instead of three, no logits kept, and any loss of per-token log-probs on top.
+"""
+
+import torch
+from torch import Tensor
+
+# Logits held at once. On a CPU a chunk that stays in cache is read again for free; a GPU wants large products.
+CHUNK_ELEMENTS = {"cpu": 2**22, "cuda": 2**27}
+
+
+class FrozenHeadLogps(torch.autograd.Function):
+    """(N,) float32 log-probs of `targets`, differentiable in the hidden states only."""
+
+    @staticmethod
+    def forward(
+        ctx: torch.autograd.function.FunctionCtx, states: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor
+    ) -> Tensor:
+        """states (N, d), weight (V, d), bias (V,) or None, targets (N,) int64."""
+        logps = torch.empty(len(states), dtype=_wide(states.dtype), device=states.device)
+        slopes = torch.empty_like(states) if ctx.needs_input_grad[0] else None
+        chunk = max(1, CHUNK_ELEMENTS.get(states.device.type, 2**24) // len(weight))
+        for start in range(0, len(states), chunk):
+            span = slice(start, start + chunk)
+            logits = torch.nn.functional.linear(states[span], weight, bias).to(logps.dtype)  # (n, V)
+            total = logits.logsumexp(-1, keepdim=True)
+            wanted = targets[span, None]
+            logps[span] = (logits.gather(-1, wanted) - total)[:, 0]
+            if slopes is not None:
+                shares = logits.sub_(total).exp_()
+                shares.scatter_add_(-1, wanted, torch.full_like(wanted, -1, dtype=shares.dtype))
+                torch.mm(shares.to(weight.dtype), weight, out=slopes[span])
+        if slopes is not None:
+            ctx.save_for_backward(slopes.neg_())
+        return logps
+
+    @staticmethod
+    def backward(ctx: torch.autograd.function.FunctionCtx, grad: Tensor) -> tuple[Tensor | None, ...]:
+        (slopes,) = ctx.saved_tensors
+        return grad[:, None].to(slopes.dtype) * slopes, None, None, None
+
+
+def _wide(dtype: torch.dtype) -> torch.dtype:
+    """At least float32."""
+    return torch.promote_types(dtype, torch.float32)

@@ -1,0 +1,52 @@
+"""How many tokens one forward pass with gradients may hold: measured on the model itself, not guessed.
+
+On a GPU the limit is memory: what autograd keeps per token, counted on one small pair. On a CPU it is the cache:
+measured on two cores, 1,024 to 2,048 tokens a pass are 20 to 30 % faster than 16,384.
+"""
+
+from collections.abc import Callable, Iterable
+
+import torch
+from torch import Tensor, nn
+
+TOKENS_WITHOUT_GRADIENT = {"cpu": 2_048, "cuda": 32_768}
+TOKENS_ON_CPU = 2_048
+MOST_TOKENS = 32_768  # a GPU's products are as fast as they get well before that
+USABLE = 0.7  # of what is free: fragmentation, the head's chunk of logits, kernels' workspaces
+GRADIENT_AND_MOMENTS = 3  # copies of the trainable weights that a first AdamW step adds
+
+
+def scoring_tokens(device: str) -> int:
+    """Of one forward without gradients; `device` is cpu or cuda."""
+    return TOKENS_WITHOUT_GRADIENT[device]
+
+
+def tokens_in_memory(device: torch.device, *, bytes_per_token: float, trainable: Iterable[nn.Parameter]) -> int:
+    """Tokens whose activations fit into what is free on a CUDA device now, beside gradients and optimizer."""
+    free, _ = torch.cuda.mem_get_info(device)
+    free += torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+    coming = GRADIENT_AND_MOMENTS * sum(p.numel() * p.element_size() for p in trainable)
+    return max(1, int(USABLE * (free - coming) / bytes_per_token))
+
+
+def budget(fitting: int) -> int:
+    """Tokens of one forward with gradients: a power of two, so that a little more free memory changes no bits."""
+    return min(MOST_TOKENS, 2 ** (fitting.bit_length() - 1))
+
+
+def kept_bytes(compute: Callable[[], Tensor], parameters: Iterable[nn.Parameter]) -> int:
+    """What autograd keeps of `compute` for the backward pass, weights aside; a tensor kept twice counts once."""
+    weights = {p.untyped_storage().data_ptr() for p in parameters}
+    kept: dict[int, int] = {}
+
+    def pack(tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in weights:
+            kept[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        result = compute()
+    total = sum(kept.values())  # while `result` keeps them alive: a freed address could be counted twice
+    del result
+    return total
