@@ -4,6 +4,7 @@ The one place where spec, pairs, engine and gold meet. Knows nothing of Ray or M
 `prefopt train` use it as sweeps do.
 """
 
+import importlib.metadata
 import os
 import re
 from collections.abc import Callable, Iterable, Mapping
@@ -14,6 +15,7 @@ import torch
 from transformers import AutoConfig, PreTrainedTokenizerBase
 
 from prefopt_ray.engine.base import ReferencedPairs
+from prefopt_ray.engine.batches import shared_lengths
 from prefopt_ray.engine.loading import (
     ModelSource,
     check_length_fits,
@@ -27,6 +29,7 @@ from prefopt_ray.engine.loading import (
 from prefopt_ray.engine.choose import EngineChoice, choose_engine, open_engine
 from prefopt_ray.engine.local import LocalEngine
 from prefopt_ray.engine.memory import scoring_tokens
+from prefopt_ray.engine.quantised import NF4, PACKAGE, require_base_fits, require_four_bits
 from prefopt_ray.engine.reference import Progress, ReferenceKey, reference_parts, stored_parts
 from prefopt_ray.gold.bandit import bandit_rows, ensure_bandit
 from prefopt_ray.gold.base import ensure_gold_base
@@ -119,7 +122,8 @@ class WorkerBlueprint:
         """How trials will be computed, as far as it is known before the model is loaded."""
         return ExecutionPlan(
             engine=self.choice.engine, device=self.device, dtype=self.model.dtype, attention="", threads=self.threads,
-            reason=self.choice.reason, scoring_tokens=scoring_tokens(self.device), versions=_versions(),
+            reason=self.choice.reason, scoring_tokens=scoring_tokens(self.device),
+            versions=_versions(quantised=self.model.quantisation is not None),
         )
 
     def with_reference(
@@ -193,8 +197,11 @@ def cache_folder(spec: SweepSpec) -> Path:
 
 def prepare(spec: SweepSpec, *, stage: Stage, device: str, threads: int) -> Prepared:
     """Model source, tokenizer, token ids. Raises ModelError and DataError."""
+    if spec.model.adapter.kind == "qlora":
+        require_four_bits()
     source = policy_source(spec, stage=stage)
-    tokenizer = load_tokenizer(source)
+    tokenizer, config = load_tokenizer(source), load_config(source)
+    require_base_fits(config, adapter_kind=spec.model.adapter.kind, merges=bool(source.adapters))
     pairs = pairs_config(spec, source)
     loaded = load_sweep_data(pairs, tokenizer, cache=cache_folder(spec) / "pairs", progress=stage("tokenising"))
     reference = _reference_source(spec, source)
@@ -217,7 +224,7 @@ def prepare(spec: SweepSpec, *, stage: Stage, device: str, threads: int) -> Prep
         gold=spec.data.is_gold,
         threads=threads,
         device=device,
-        choice=choose_engine(spec.engine, load_config(source), AdapterConfig(**dict(spec.model.adapter))),
+        choice=choose_engine(spec.engine, config, AdapterConfig(**dict(spec.model.adapter))),
         needs=frozenset().union(*(find_card(loss).needs for loss in _trained_losses(spec))),
         losses=_registered_among(_trained_losses(spec)),
         thresholds=spec.thresholds,
@@ -226,16 +233,21 @@ def prepare(spec: SweepSpec, *, stage: Stage, device: str, threads: int) -> Prep
     return Prepared(_at_commit(spec, source), blueprint, tokenizer, loaded)
 
 
+def prepare_here(spec: SweepSpec, *, stage: Stage) -> Prepared:
+    """`prepare` for this process and the device that it has."""
+    has_gpu = torch.cuda.is_available()
+    device = "cuda" if has_gpu and spec.resources.gpu_share(gpus_present=has_gpu) > 0 else "cpu"
+    threads = spec.resources.cpus_per_trial if device == "cpu" else (os.cpu_count() or 1)
+    return prepare(spec, stage=stage, device=device, threads=threads)
+
+
 def open_worker(spec: SweepSpec, *, stage: Stage | None = None) -> tuple[Worker, Prepared]:
     """Everything in this process: what a notebook and `prefopt train` use.
 
     The blueprint of what comes back makes the same worker in another process, for `PreferenceTrainable`.
     """
     stage = stage or _silent
-    has_gpu = torch.cuda.is_available()
-    device = "cuda" if has_gpu and spec.resources.gpu_share(gpus_present=has_gpu) > 0 else "cpu"
-    threads = spec.resources.cpus_per_trial if device == "cpu" else (os.cpu_count() or 1)
-    prepared = prepare(spec, stage=stage, device=device, threads=threads)
+    prepared = prepare_here(spec, stage=stage)
     blueprint = prepared.blueprint.with_reference(
         prepared.loaded.data, cache=cache_folder(spec) / "reference", progress=stage("reference pass")
     )
@@ -245,13 +257,14 @@ def open_worker(spec: SweepSpec, *, stage: Stage | None = None) -> tuple[Worker,
 def policy_source(spec: SweepSpec, *, stage: Stage) -> ModelSource:
     """Where the policy's weights are; hub ids pinned to the commit they have now."""
     model = spec.model
+    quantisation = NF4 if model.adapter.kind == "qlora" else None
     if model.policy == GOLD:
         folder = ensure_gold_base(cache_folder(spec), progress=stage("gold base model"))
-        return ModelSource(str(folder), dtype=model.dtype)
+        return ModelSource(str(folder), dtype=model.dtype, quantisation=quantisation)
     if model.policy == BANDIT:
         return ModelSource(str(ensure_bandit(cache_folder(spec))), dtype=model.dtype)
     adapters = (model.start_adapter,) if model.start_adapter else ()
-    return _pinned(ModelSource(model.policy, model.revision, adapters, model.dtype))
+    return _pinned(ModelSource(model.policy, model.revision, adapters, model.dtype, quantisation))
 
 
 def pairs_config(spec: SweepSpec, source: ModelSource) -> PairsConfig:
@@ -308,7 +321,7 @@ def _reference_source(spec: SweepSpec, policy: ModelSource) -> ModelSource | Non
     reference = spec.model.reference
     if isinstance(reference, OtherModel):
         adapters = (reference.adapter,) if reference.adapter else ()
-        return _pinned(ModelSource(reference.model, None, adapters, policy.dtype))
+        return _pinned(ModelSource(reference.model, None, adapters, policy.dtype, policy.quantisation))
     if reference == "base" and policy.adapters:
         return replace(policy, adapters=())
     return None
@@ -355,8 +368,8 @@ def _workload(spec: SweepSpec, data: SweepData) -> Workload:
 
 
 def _mean_tokens(pairs: PairTokens) -> float:
-    """Of a pair as it is computed: the prompt once for each completion."""
-    return float((2 * pairs.prompt.lengths + pairs.chosen.lengths + pairs.rejected.lengths).mean())
+    """Of a pair as it is computed: its prompt once."""
+    return float(shared_lengths(pairs).mean())
 
 
 def _rung_judge(spec: SweepSpec, pairs: PairsConfig, select: PairTokens, *, prompts: int) -> RungJudgePlan | None:
@@ -367,11 +380,12 @@ def _rung_judge(spec: SweepSpec, pairs: PairsConfig, select: PairTokens, *, prom
     return RungJudgePlan(spec.judge, read_prompts(pairs, "select", rows), spec.storage)
 
 
-def _versions() -> dict[str, str]:
+def _versions(*, quantised: bool) -> dict[str, str]:
     import peft
     import transformers
 
-    return {"torch": torch.__version__, "transformers": transformers.__version__, "peft": peft.__version__}
+    used = {"torch": torch.__version__, "transformers": transformers.__version__, "peft": peft.__version__}
+    return used | ({PACKAGE: importlib.metadata.version(PACKAGE)} if quantised else {})
 
 
 def _silent(name: str) -> Progress:

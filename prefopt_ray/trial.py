@@ -26,9 +26,9 @@ class EndState(StrEnum):
 
 @dataclass(frozen=True)
 class AdapterConfig:
-    """LoRA on the named linears, or `none` = full fine-tuning."""
+    """LoRA on the named linears, `qlora` = the same on a base kept in 4 bits, or `none` = full fine-tuning."""
 
-    kind: str = "lora"  # lora | none
+    kind: str = "lora"  # lora | qlora | none
     rank: int = 16
     alpha: float = 32
     target: str | tuple[str, ...] = "all-linear"

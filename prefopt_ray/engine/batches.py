@@ -122,8 +122,12 @@ def require_tokens(*columns: Ragged | list[np.ndarray]) -> None:
     """Raise ValueError for an empty sequence, or columns of different lengths."""
     if len({len(column) for column in columns}) != 1:
         raise ValueError("every prompt needs its completion")
-    if not all(len(column[i]) for column in columns for i in range(len(column))):
+    if not all(_all_filled(column) for column in columns):
         raise ValueError("every prompt and every completion needs at least one token")
+
+
+def _all_filled(column: Ragged | list[np.ndarray]) -> bool:
+    return bool(column.lengths.all()) if isinstance(column, Ragged) else all(map(len, column))
 
 
 def example_pair(*, prompt: int, chosen: int, rejected: int, vocabulary: int) -> PairTokens:
@@ -169,4 +173,4 @@ def left_padded(prompts: list[np.ndarray], *, pad_id: int, device: torch.device)
 
 
 def ragged(sequences: list[np.ndarray]) -> Ragged:
-    return Ragged.from_lists([s.tolist() for s in sequences])
+    return Ragged.from_rows(sequences)

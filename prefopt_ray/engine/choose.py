@@ -12,6 +12,7 @@ from dataclasses import dataclass, replace
 import torch
 from transformers import PretrainedConfig, PreTrainedModel
 
+from prefopt_ray.engine.agreement import follows_the_batch
 from prefopt_ray.engine.flat.attention import NAME, attention_kernel
 from prefopt_ray.engine.flat.engine import FlatEngine, LayoutError
 from prefopt_ray.engine.local import LocalEngine
@@ -19,7 +20,14 @@ from prefopt_ray.engine.plain import PlainEngine
 from prefopt_ray.trial import AdapterConfig, ExecutionPlan
 
 FLAT, PLAIN = "flat", "plain"
-FAMILIES = ("llama", "mistral", "qwen2", "qwen3")
+ROWS = "rows"  # the plain engine with a row for each completion: what every other layout is compared with
+# As a configuration's `model_type`; each has its line in tests/engine/test_flat_families.py.
+FAMILIES = (
+    "llama", "mistral", "qwen2", "qwen3",
+    "apertus", "arcee", "cohere", "cohere2", "cwm", "ernie4_5", "exaone4", "gemma", "gemma3_text", "glm", "glm4",
+    "gpt_neox", "granite", "helium", "hunyuan_v1_dense", "ministral3", "olmo", "olmo2", "olmo3", "phi", "phi3",
+    "seed_oss", "smollm3", "starcoder2",
+)
 HEAD = "lm_head"
 
 log = logging.getLogger(__name__)
@@ -29,7 +37,7 @@ log = logging.getLogger(__name__)
 class EngineChoice:
     """An engine's name and the reason, one line for people."""
 
-    engine: str  # flat | plain
+    engine: str  # flat | plain | rows
     reason: str
 
 
@@ -58,7 +66,7 @@ def open_engine(
     `plan.engine`, `plan.reason` and `plan.attention` become what was opened.
     """
     own_attention = str(model.config._attn_implementation)
-    settings = dict(pad_id=pad_id, eos_ids=eos_ids, autocast=autocast, separate_reference=separate_reference)
+    settings: dict[str, object] = dict(pad_id=pad_id, eos_ids=eos_ids, autocast=autocast, separate_reference=separate_reference)
     if choice.engine == FLAT:
         flat = replace(plan, engine=FLAT, reason=choice.reason, attention=f"{NAME}/{attention_kernel(model.device)}")
         try:
@@ -67,15 +75,19 @@ def open_engine(
             choice = EngineChoice(PLAIN, f"this {model.config.model_type} is not served: {error}")
             log.warning("plain engine: %s", choice.reason)
     plain = replace(plan, engine=PLAIN, reason=choice.reason, attention=own_attention)
+    if choice.engine == ROWS:
+        settings["share_prompt"] = False
     return PlainEngine(model, plan=plain, **settings)
 
 
 def _obstacle(config: PretrainedConfig, adapter: AdapterConfig) -> str:
     """Why the flat engine cannot serve it; empty when it can."""
     if config.model_type not in FAMILIES:
-        return f"{config.model_type} is not among the families the flat engine is tested with ({', '.join(FAMILIES)})"
-    if getattr(config, "quantization_config", None):
-        return "the base model is quantised"
+        return f"{config.model_type} is not among the {len(FAMILIES)} families that the flat engine is tested with"
+    if follows_the_batch(config):
+        return f"its rotary frequencies ({follows_the_batch(config)}) depend on the longest row of a batch"
+    if adapter.kind == "qlora" or getattr(config, "quantization_config", None):
+        return "the base model is quantised: its linears are computed by the package that packed them"
     if adapter.kind != "none" and _is_target(HEAD, adapter.target):
         return "a LoRA on the head changes every logit"
     return ""

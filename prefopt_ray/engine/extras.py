@@ -53,7 +53,7 @@ def _partners(groups: np.ndarray) -> np.ndarray:
 
 
 def _cut(completions: Ragged, lengths: np.ndarray) -> Ragged:
-    return Ragged.from_lists([completions[i][: int(n)].tolist() for i, n in enumerate(lengths)])
+    return Ragged.from_rows([completions[i][: int(n)] for i, n in enumerate(lengths)])
 
 
 def _with_completions(pairs: PairTokens, chosen: Ragged, rejected: Ragged) -> PairTokens:

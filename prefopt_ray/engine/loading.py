@@ -1,5 +1,5 @@
 """Base models from a local folder or the hub: weights in safetensors only, a start adapter merged in
-float32, and a content digest that names exactly what was loaded. Loading errors say what to fix.
+float32, then cast or quantised, and a digest that names exactly what was loaded. Loading errors say what to fix.
 """
 
 import hashlib
@@ -7,6 +7,7 @@ import logging
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import huggingface_hub
 import torch
@@ -22,6 +23,7 @@ from transformers import (
 )
 from transformers.utils import ModelOutput
 
+from prefopt_ray.engine.quantised import four_bit_copy, loading_in_four_bits, make_differentiable, require_four_bits
 from prefopt_ray.errors import ModelError, Problem
 
 log = logging.getLogger(__name__)
@@ -37,6 +39,7 @@ class ModelSource:
     revision: str | None = None
     adapters: tuple[str, ...] = ()
     dtype: str = "bfloat16"
+    quantisation: str | None = None  # nf4: linears kept in 4 bits, computed in dtype
 
 
 def load_tokenizer(source: ModelSource) -> PreTrainedTokenizerBase:
@@ -56,26 +59,49 @@ def load_config(source: ModelSource) -> PretrainedConfig:
 
 
 def load_model(source: ModelSource, *, device: torch.device, weights_dtype: str | None = None) -> PreTrainedModel:
-    """The model, in evaluation mode, with its adapters merged in float32, cast to `weights_dtype` (default: the source's dtype).
+    """The model, in evaluation mode, its adapters merged in float32, cast to `weights_dtype` (default: the source's).
 
-    Raises ModelError when the folder or hub id cannot be read, is no causal LM, lacks weights, or an adapter
-    does not fit.
+    Quantised, where the source says so, after the cast; 4-bit linears alone are in training mode. Raises ModelError
+    when the folder or hub id cannot be read, is no causal LM, lacks weights, an adapter does not fit, or it cannot be
+    quantised here.
     """
     target = DTYPES[weights_dtype or source.dtype]
-    first = torch.float32 if source.adapters else target
+    if source.quantisation:
+        model = _load_quantised(source, target, device=device)
+    else:
+        model = (_merged(source, target) if source.adapters else _read(source, dtype=target)).to(device=device)
+    model.eval()
+    if getattr(model, "is_loaded_in_4bit", False):  # a base may have been stored so, too
+        make_differentiable(model)
+    return model
+
+
+def _read(source: ModelSource, **how: Any) -> PreTrainedModel:
+    """The model without its adapters, whole; `how` are arguments of transformers' `from_pretrained`."""
     try:
         model, found = AutoModelForCausalLM.from_pretrained(
-            source.model, revision=source.revision, dtype=first, use_safetensors=True, output_loading_info=True
+            source.model, revision=source.revision, use_safetensors=True, output_loading_info=True, **how
         )
     except Exception as error:  # as above
         raise ModelError(_cannot_load("model", source, error)) from error
     _require_whole(model, source, missing=sorted(found["missing_keys"]))
+    return model
+
+
+def _merged(source: ModelSource, target: torch.dtype) -> PreTrainedModel:
+    model = _read(source, dtype=torch.float32)
     for adapter in source.adapters:
         model = _merge(model, adapter)
-    if source.adapters:
-        for parameter in model.parameters():  # not model.to(dtype): it rounds the rotary frequencies too, a buffer
-            parameter.data = parameter.data.to(target)
-    return model.to(device=device).eval()
+    for parameter in model.parameters():  # not model.to(dtype): it rounds the rotary frequencies too, a buffer
+        parameter.data = parameter.data.to(target)
+    return model
+
+
+def _load_quantised(source: ModelSource, target: torch.dtype, *, device: torch.device) -> PreTrainedModel:
+    require_four_bits()
+    if source.adapters:  # whole in host memory until it is merged
+        return four_bit_copy(_merged(source, target), target, device=device)
+    return _read(source, **loading_in_four_bits(target, device=device))
 
 
 def check_tokens_fit(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, *, largest_id: int) -> None:
@@ -120,10 +146,13 @@ def local_adapter(place: str) -> str:
 
 
 def source_digest(source: ModelSource) -> str:
-    """Names the weights: a hub id at its commit, or a hash of every weight file of a local folder; and each adapter's."""
+    """Names the weights: a hub id at its commit, or a hash of every weight file of a local folder; each adapter's; and
+    how they are quantised (in which precision and by which kernels they compute is not theirs to name)."""
     digest = hashlib.sha256()
     for place in (source.model, *source.adapters):
         digest.update(_place_digest(place, source.revision if place == source.model else None).encode())
+    if source.quantisation:
+        digest.update(f"quantised/{source.quantisation}".encode())
     return digest.hexdigest()[:32]
 
 

@@ -4,6 +4,7 @@ Flat arrays with offsets pass through Ray's object store without a copy (one per
 without padding. Knows nothing of text, templates or files.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -18,10 +19,13 @@ class Ragged:
 
     @classmethod
     def from_lists(cls, sequences: list[list[int]]) -> "Ragged":
-        lengths = np.fromiter((len(s) for s in sequences), dtype=np.int64, count=len(sequences))
-        offsets = np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64)
         flat = [token for sequence in sequences for token in sequence]
-        return cls(np.asarray(flat, dtype=np.int32), offsets)
+        return cls(np.asarray(flat, dtype=np.int32), _offsets([len(sequence) for sequence in sequences]))
+
+    @classmethod
+    def from_rows(cls, sequences: Sequence[np.ndarray]) -> "Ragged":
+        values = np.concatenate([np.empty(0, dtype=np.int32), *sequences], dtype=np.int32, casting="same_kind")
+        return cls(values, _offsets([len(sequence) for sequence in sequences]))
 
     def __len__(self) -> int:
         return len(self.offsets) - 1
@@ -34,7 +38,17 @@ class Ragged:
         return np.diff(self.offsets)
 
     def take(self, indices: np.ndarray) -> "Ragged":
-        return Ragged.from_lists([self[int(i)].tolist() for i in indices])
+        """Sequences by index, an index as often as it is given."""
+        lengths = self.lengths[indices]
+        offsets = _offsets(lengths)
+        # A value's place: where its sequence begins here, and how far into it the value is.
+        within = np.arange(offsets[-1]) - np.repeat(offsets[:-1], lengths)
+        return Ragged(self.values[np.repeat(self.offsets[:-1][indices], lengths) + within], offsets)
+
+
+def _offsets(lengths: Sequence[int] | np.ndarray) -> np.ndarray:
+    """(N + 1,) int64"""
+    return np.concatenate([[0], np.cumsum(lengths, dtype=np.int64)]).astype(np.int64)
 
 
 @dataclass(frozen=True)

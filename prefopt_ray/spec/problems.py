@@ -31,7 +31,6 @@ _NOT_YET_KEYS: dict[KeyPath, str] = {
     ("resources", "shard"): "remove it; one trial runs on one GPU",
 }
 _NOT_YET_VALUES: dict[tuple[KeyPath, str], str] = {
-    (("model", "adapter", "kind"), "qlora"): "use lora with dtype: bfloat16",
     (("objective", "drift_limit"), "stop"): "use flag; the drift is in every table",
     (("resources", "trials_per_gpu"), "auto"): "name a number, 1 is safe",
 }

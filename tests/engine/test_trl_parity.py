@@ -9,8 +9,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from tiny import random_data, referenced, tiny_engine, tiny_llama, trial_config
+from tiny import PLAN, random_data, referenced, tiny_engine, tiny_llama, trial_config
 
+from prefopt_ray.engine.base import Engine
+from prefopt_ray.engine.flat.engine import FlatEngine
 from prefopt_ray.pairs.tokens import PairTokens
 from prefopt_ray.train.schedule import batch_indices
 from prefopt_ray.train.state import TrialState
@@ -45,18 +47,17 @@ def test_eight_steps_agree_with_trl(loss: str, adapter: str, tmp_path: Path) -> 
         loss, adapter=adapter, params=CASES[loss][1], learning_rate=3e-3 if adapter == "lora" else 1e-3,
         steps=STEPS, micro_batch_pairs=4, seed=seed,
     )
-    ours = our_steps(config)
     theirs = trl_steps(config, CASES[loss][0], folder=tmp_path)
     assert len(theirs) == STEPS
-    for mine, other in zip(ours, theirs, strict=True):
-        assert mine["loss"] == pytest.approx(other["loss"], rel=1e-5)
-        assert mine["grad_norm"] == pytest.approx(other["grad_norm"], rel=1e-4)
-        for side in ("chosen", "rejected"):
-            assert mine[f"logps/{side}"] == pytest.approx(other[f"logps/{side}"], abs=1e-3)
+    for engine in (tiny_engine(), FlatEngine(tiny_llama(), plan=PLAN, pad_id=0, eos_ids=(2,))):
+        for mine, other in zip(our_steps(engine, config), theirs, strict=True):
+            assert mine["loss"] == pytest.approx(other["loss"], rel=1e-5)
+            assert mine["grad_norm"] == pytest.approx(other["grad_norm"], rel=1e-4)
+            for side in ("chosen", "rejected"):
+                assert mine[f"logps/{side}"] == pytest.approx(other[f"logps/{side}"], abs=1e-3)
 
 
-def our_steps(config: TrialConfig) -> list[dict[str, float]]:
-    engine = tiny_engine()
+def our_steps(engine: Engine, config: TrialConfig) -> list[dict[str, float]]:
     parts = referenced(engine, random_data())
     worker = make_worker(engine, parts, decode=str, probe_pairs=8, sample_prompts=2)
     trial = TrialState.open(config, worker)

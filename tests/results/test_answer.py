@@ -132,3 +132,10 @@ def test_a_gain_that_was_there_before_training_is_announced(tmp_path: Path) -> N
     assert any("0.0300 before any training" in warning for warning in find_answer(sweep).warnings)
     first.reports[0] = replace(first.reports[0], metrics={"eval/gain": 0.01, "eval/gain_se": 0.01})
     assert not any("before any training" in warning for warning in find_answer(sweep).warnings)
+
+
+def test_an_answer_from_a_base_in_four_bits_says_so(tmp_path: Path) -> None:
+    sweep = write_sweep(tmp_path, {"base": 0.2, "good": 1.0})
+    assert not any("4 bits" in line for line in answer_lines(sweep, find_answer(sweep)))
+    sweep.facts["quantisation"] = "nf4"
+    assert any("4 bits (nf4)" in line for line in answer_lines(sweep, find_answer(sweep)))

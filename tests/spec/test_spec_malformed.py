@@ -72,7 +72,6 @@ EXPECTED = {
     ],
     "not_finite": [(5, "training.max_grad_norm", "finite"), (9, "search.losses.sigmoid.beta", "nan is not a finite")],
     "not_supported_yet": [
-        (2, "model.adapter.kind", "qlora is known, but not supported yet"),
         (10, "checkpoints", "known, but not supported yet"),
         (11, "budget", "known, but not supported yet"),
         (12, "objective.drift_limit", "stop is known, but not supported yet"),

@@ -43,6 +43,7 @@ def flat_attention(
     """(1, S, H, D) from query (1, H, S, D), key and value (1, G, S, D). What cannot be computed here raises."""
     if attention_mask is not None or dropout or softcap is not None or s_aux is not None:
         raise ValueError("flat attention knows neither masks nor dropout, caps or sinks")
+    query, key, value = (_as_autocast(t) for t in (query, key, value))
     keys, values = (t.index_select(2, segments.key_index) for t in (key, value))
     if attention_kernel(query.device) == VARLEN and query.dtype in (torch.bfloat16, torch.float16):
         return _varlen(query, keys, values, segments, scale=scaling, window=sliding_window), None
@@ -66,6 +67,13 @@ def flat_attention_in(model: PreTrainedModel) -> Iterator[None]:
 
 
 AttentionInterface.register(NAME, flat_attention)
+
+
+def _as_autocast(tensor: Tensor) -> Tensor:
+    """As autocast would for scaled_dot_product_attention: rotation leaves float32 queries and keys beside bfloat16
+    values, and torch's varlen kernel is not on autocast's list."""
+    kind = tensor.device.type
+    return tensor.to(torch.get_autocast_dtype(kind)) if torch.is_autocast_enabled(kind) else tensor
 
 
 def _varlen(

@@ -8,37 +8,40 @@ import torch
 from peft import PeftModel
 from peft.tuners.lora import Linear as LoraLayer
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 from torch.nn.functional import linear
 
 
 class LoraProduct(torch.autograd.Function):
-    """x W^T + bias + scaling (x A^T) B^T; gradients of x, A and B only."""
+    """x W^T + bias + scaling (x A^T) B^T; gradients of x, A and B only.
+
+    On a list of tokens: shapes are the caller's, since autograd forbids changing in place (OLMo clips so) what a
+    function of its own returned as a view.
+    """
 
     @staticmethod
     def forward(
-        ctx: torch.autograd.function.FunctionCtx, x: Tensor, weight: Tensor, bias: Tensor | None, a: Tensor, b: Tensor,
-        scaling: float,
+        ctx: torch.autograd.function.FunctionCtx, rows: Tensor, weight: Tensor, bias: Tensor | None, a: Tensor,
+        b: Tensor, scaling: float,
     ) -> Tensor:
-        """x (..., d), weight (o, d), a (r, d), b (o, r) -> (..., o)."""
-        rows = x.reshape(-1, x.shape[-1])  # (S, d)
-        a_cast, b_cast = a.to(x.dtype), b.to(x.dtype)
+        """rows (S, d), weight (o, d), a (r, d), b (o, r) -> (S, o)."""
+        a_cast, b_cast = a.to(rows.dtype), b.to(rows.dtype)
         down = rows @ a_cast.T  # (S, r)
         out = linear(rows, weight, bias).addmm_(down, b_cast.T, alpha=scaling)
         ctx.save_for_backward(rows, weight, a_cast, b_cast, down)
         ctx.scaling, ctx.dtypes = scaling, (a.dtype, b.dtype)
-        return out.view(*x.shape[:-1], -1)
+        return out
 
     @staticmethod
-    def backward(ctx: torch.autograd.function.FunctionCtx, grad: Tensor) -> tuple[Tensor | None, ...]:
+    @once_differentiable
+    def backward(ctx: torch.autograd.function.FunctionCtx, pull: Tensor) -> tuple[Tensor | None, ...]:
+        """pull (S, o)."""
         rows, weight, a, b, down = ctx.saved_tensors
-        pull = grad.reshape(-1, grad.shape[-1])  # (S, o)
         pull_down = (pull @ b).mul_(ctx.scaling)  # (S, r)
-        grad_x = None
-        if ctx.needs_input_grad[0]:
-            grad_x = (pull @ weight).addmm_(pull_down, a).view(*grad.shape[:-1], -1)
+        grad_rows = (pull @ weight).addmm_(pull_down, a) if ctx.needs_input_grad[0] else None
         grad_a = (pull_down.T @ rows).to(ctx.dtypes[0])
         grad_b = (pull.T @ down).mul_(ctx.scaling).to(ctx.dtypes[1])
-        return grad_x, None, None, grad_a, grad_b, None
+        return grad_rows, None, None, grad_a, grad_b, None
 
 
 def use_two_passes(model: PeftModel) -> None:
@@ -63,4 +66,5 @@ class _Forward:
         if name not in layer.lora_A:
             return linear(x, base.weight, base.bias)
         a, b = layer.lora_A[name].weight, layer.lora_B[name].weight
-        return LoraProduct.apply(x, base.weight, base.bias, a, b, layer.scaling[name])
+        out = LoraProduct.apply(x.reshape(-1, x.shape[-1]), base.weight, base.bias, a, b, layer.scaling[name])
+        return out.view(*x.shape[:-1], out.shape[-1])
