@@ -87,8 +87,8 @@ class Configuration:
         return self.first.decisions
 
     def decision(self, step: int) -> Decision | None:
-        """What was decided about it at a rung, for all its seeds."""
-        return next((d for d in self.decisions if d.rung == step), None)
+        """What was decided about it at a rung, for all its seeds; the latest, where it was paused and called back."""
+        return next((d for d in reversed(self.decisions) if d.rung == step), None)
 
     @property
     def live(self) -> tuple[TrialRecord, ...]:

@@ -52,7 +52,7 @@ class Ledger:
 
 @dataclass(frozen=True)
 class Decision:
-    """Why a trial went on or was stopped at a rung."""
+    """Why a trial went on, was stopped or was paused at a rung."""
 
     rung: int  # optimizer step
     value: float  # best gain so far
@@ -61,6 +61,7 @@ class Decision:
     keep: bool
     reason: str
     seeds: Mapping[str, float] = field(default_factory=dict)  # trial -> its gain there, where value is a mean of several
+    pause: bool = False  # not kept, not stopped: it waits at the rung, checkpointed, and may be called back
 
 
 @dataclass
@@ -81,7 +82,7 @@ class TrialRecord:
     end_state: EndState | None = None
     reason: str = ""
     paused: bool = False
-    waiting: bool = False  # it is at a rung where other seeds of its configuration are not yet
+    waiting: bool = False  # it is at a rung: other seeds of its configuration are not, or the stop rule paused it
 
     def __post_init__(self) -> None:
         self.configuration = self.configuration or self.trial_id
@@ -237,9 +238,11 @@ def _fold(sweep: SweepRecord, event: Mapping[str, Any]) -> None:
         trial.reports[report.step] = report
         trial.paused = trial.waiting = False
     elif kind == "decision":
-        trial.decisions.append(Decision(**event["decision"]))
+        decision = Decision(**event["decision"])
+        trial.decisions.append(decision)
         for seed in sweep.trials.values():
-            seed.waiting = seed.waiting and seed.configuration != trial.configuration
+            if seed.configuration == trial.configuration and seed.role == trial.role and seed.end_state is None:
+                seed.waiting = decision.pause and decision.rung in seed.reports
     elif kind == "end":
         trial.end_state, trial.reason, trial.paused = EndState(event["end_state"]), event["reason"], False
         trial.waiting = False

@@ -29,6 +29,8 @@ UNREAD: dict[tuple[KeyPath, str], dict[str, frozenset[str]]] = {
     (("judge",), "at"): {"end": frozenset({"time_limit_s"})},
     (("scheduler",), "kind"): {
         "asha": frozenset({"stop_steps"}),
+        "asha_promotion": frozenset({"stop_steps"}),
+        "lockstep": frozenset({"stop_steps"}),
         "none": frozenset({"preset", "first_rung", "keep_one_in", "within", "stop_steps"}),
         "fixed": frozenset({"preset", "first_rung", "keep_one_in", "within"}),
     },

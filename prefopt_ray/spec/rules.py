@@ -218,7 +218,7 @@ def _rungs_fit(scheduler: SchedulerSpec, training: TrainingSpec) -> Iterator[Fin
     if isinstance(scheduler.first_rung, int) and scheduler.first_rung > last:
         yield Finding(("scheduler", "first_rung"), f"training ends at step {last}", "10% is usual")
     no_rung = last > 1 and not rung_steps(scheduler, training.steps, last)
-    if scheduler.kind == "asha" and scheduler.first_rung is None and no_rung:
+    if scheduler.has_rungs and scheduler.first_rung is None and no_rung:
         yield Finding(("training", "steps"), f"{last} steps leave no room for a rung", "scheduler: {kind: none}")
     for trial, step in (scheduler.stop_steps or {}).items():
         if step > last:
@@ -437,7 +437,7 @@ def _objective_is_measured(
         yield Finding(path, "only the embedded task has a gold reward", "use gain, or judge with a judge section")
     if objective.metric == "judge" and (judge is None or judge.at != "rungs"):
         yield Finding(path, "needs a judge at every rung", "add judge: {reward_model: org/model, at: rungs}")
-    if not samples.at or (scheduler.kind == "asha" and RUNGS not in samples.at):
+    if not samples.at or (scheduler.has_rungs and RUNGS not in samples.at):
         rule = f"objective {objective.metric} is measured on sampled completions, and ASHA decides by it at every rung"
         yield Finding(("samples", "at"), rule, "write at: rungs")
 

@@ -288,9 +288,9 @@ class Section(BaseModel):
 
 
 class AdapterSpec(Section):
-    """What is trained: a LoRA on some linears, or (`none`) every weight."""
+    """What is trained: a LoRA on some linears (`qlora`: of a base kept in 4 bits), or (`none`) every weight."""
 
-    kind: Literal["lora", "none"] = AdapterConfig.kind
+    kind: Literal["lora", "qlora", "none"] = AdapterConfig.kind
     rank: Count = AdapterConfig.rank
     alpha: Annotated[float, Field(gt=0)] = float(AdapterConfig.alpha)
     target: Annotated[str | tuple[str, ...], PlainValidator(_target), PlainSerializer(_plain)] = AdapterConfig.target
@@ -438,14 +438,28 @@ DEFAULT_PRESET = "standard"
 
 
 class SchedulerSpec(Section):
-    """Which trials stop early: ASHA's rungs, nobody, or given steps (to compare with)."""
+    """Which trials stop early: at rungs, nobody, or at given steps (to compare with).
 
-    kind: Literal["asha", "none", "fixed"] = "asha"
+    `asha` stops a trial that is behind those before it at a rung. `asha_promotion` pauses it, and calls it back once
+    others make it one of the best (arXiv:1810.05934, Algorithm 2). `lockstep` pauses all until a rung is whole.
+    """
+
+    # asha leaves no process idle and a stopped sweep has finished trials; docs/guides/schedulers.md has the numbers.
+    kind: Literal["asha", "asha_promotion", "lockstep", "none", "fixed"] = "asha"
     preset: Literal["conservative", "standard", "aggressive"] | None = None
     first_rung: Annotated[int | str | None, PlainValidator(_first_rung)] = None
     keep_one_in: Annotated[int | None, Field(ge=2)] = None
     within: Literal["loss", "sweep"] = "loss"  # losses learn at different speeds: compare like with like
     stop_steps: Annotated[dict[int, int] | None, PlainValidator(_stop_steps)] = None  # fixed: trial number -> step
+
+    @property
+    def has_rungs(self) -> bool:
+        return self.kind in ("asha", "asha_promotion", "lockstep")
+
+    @property
+    def factor(self) -> int:
+        """About one in so many is kept at a rung."""
+        return self.keep_one_in or PRESETS[self.preset or DEFAULT_PRESET].keep_one_in
 
 
 class EvalSpec(Section):

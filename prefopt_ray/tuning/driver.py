@@ -7,6 +7,9 @@ Seeds of one configuration are trials of their own. At a rung the configuration 
 its seeds, when all that still run are there: those that come first leave their process to other trials meanwhile
 (a checkpoint and 20 ms to come back; Tune's PAUSE would hold the process). Until the first seed has passed
 `Replicas.from_step` it is alone, and judged alone.
+
+A configuration that the rule pauses waits in the same way, until the rule calls it back for a free slot. Those still
+paused when nothing else is left to do have ended there: stopped_early.
 """
 
 import math
@@ -89,7 +92,8 @@ class SweepDriver:
         self._within_loss = within_loss
         self._stopping = stopping
         self._points: dict[str, Point] = {}  # by configuration
-        self._concluded: set[str] = set()  # configurations whose score the proposer has been told
+        self._told: set[str] = set()  # configurations whose score the proposer knows
+        self._concluded: set[str] = set()  # those that have ended
         self._holds: dict[str, tuple[int, ...]] = {}  # by trial, of its latest order
         self._unfinished: list[TrialRecord] = []
         self._replay()
@@ -97,7 +101,9 @@ class SweepDriver:
     # -- what Ray asks -----------------------------------------------------------------------------
 
     def next_order(self) -> TrialOrder | None:
-        """The next trial to run: unfinished ones first, then further seeds, new points, and the confirmation."""
+        """The next trial to run: unfinished ones first, then further seeds, those called back by the rule, new points,
+        those that only wait for a search that has nothing else to do, and the confirmation.
+        """
         if self._stopping():
             return None
         if self._unfinished:
@@ -105,15 +111,22 @@ class SweepDriver:
         for configuration in configurations(self.sweep):
             for seed in self._missing_seeds(configuration)[:1]:
                 return self._next_seed(configuration, seed)
+        if self._call_back():
+            return self.next_order()
         point = self._proposer.propose()
-        return self._first_seed(point) if point else self._next_confirmation()
+        if point:
+            return self._first_seed(point)
+        if self._search_runs and not self._running:
+            self._rule.exhausted()
+            if not self._call_back():
+                self._end_paused()
+            return self.next_order()
+        return self._next_confirmation()
 
     @property
     def more_may_come(self) -> bool:
         """Whether `next_order`, which gave nothing, may give a trial once those that run have gone on."""
-        if self._stopping() or (len(self._replicas.seeds) == 1 and self._plan_confirmation is None):
-            return False
-        return self._search_runs
+        return self._search_runs and not self._stopping()
 
     def take(self, trial_id: str, report: Report) -> bool:
         """Record a report; True = go on. Reports sent again after a resume change nothing."""
@@ -247,7 +260,13 @@ class SweepDriver:
 
     @property
     def _search_runs(self) -> bool:
+        """Whether a trial of the search has not ended, though it may be waiting."""
         return any(t.end_state is None for t in self.sweep.trials.values() if t.role == SEARCH)
+
+    @property
+    def _running(self) -> bool:
+        """Whether a trial of the search is in a process, or on its way to one."""
+        return any(t.end_state is None and not t.waiting for t in self.sweep.trials.values() if t.role == SEARCH)
 
     # -- decisions ---------------------------------------------------------------------------------
 
@@ -257,7 +276,9 @@ class SweepDriver:
         held = step in self._holds.get(trial.trial_id, ())
         known = configuration.decision(step)
         if known is not None:
-            if not known.keep:
+            if known.pause:
+                trial.waiting = True
+            elif not known.keep:
                 self._end(trial, EndState.STOPPED_EARLY, stop_reason(known, trial))
             elif held:
                 self._line_up(trial)
@@ -267,7 +288,7 @@ class SweepDriver:
             self._settle(configuration)
         else:
             self._judge(configuration, step)
-        return trial.end_state is None and not held
+        return trial.end_state is None and not held and not trial.waiting
 
     def _settle(self, configuration: Configuration) -> None:
         """Judge a configuration at the rung where its seeds wait, if all that still run are there."""
@@ -275,26 +296,46 @@ class SweepDriver:
         if not waiting or self._missing_seeds(configuration):
             return
         step = waiting[0].last.step
-        if all(step in trial.reports for trial in configuration.live):
+        if configuration.decision(step) is None and all(step in trial.reports for trial in configuration.live):
             self._judge(configuration, step)
 
     def _judge(self, configuration: Configuration, step: int) -> None:
         decision = self._rule.decide(self._arrival(configuration, step=step, value=configuration.score_until(step)))
-        if decision is None:
-            return
+        if decision is not None:
+            self._carry_out(decision, configuration)
+
+    def _carry_out(self, decision: Decision, configuration: Configuration) -> None:
         if len(configuration.trials) > 1:
-            decision = replace(decision, seeds=configuration.gains_until(step))
+            decision = replace(decision, seeds=configuration.gains_until(decision.rung))
         configuration.decisions.append(decision)
         self._ledger.append("decision", trial=configuration.key, decision=asdict(decision))
-        there = [trial for trial in configuration.live if step in trial.reports]
+        there = [trial for trial in configuration.live if decision.rung in trial.reports]
         held = [trial for trial in there if trial.waiting]
-        for trial in held:  # before any of them ends: nobody waits for this decision any more
-            trial.waiting = False
-        for trial in held if decision.keep else there:
-            if decision.keep:
+        for trial in there:  # before any of them ends: nobody waits for this decision any more
+            trial.waiting = decision.pause
+        if decision.keep:
+            for trial in held:
                 self._line_up(trial)
-            else:
+        elif decision.pause:
+            self._tell(configuration)
+        else:
+            for trial in there:
                 self._end(trial, EndState.STOPPED_EARLY, stop_reason(decision, trial))
+
+    def _call_back(self) -> bool:
+        """Line up the next configuration that the rule says goes on; False = nobody does."""
+        while (resolved := self._rule.resolve()) is not None:
+            self._carry_out(resolved.decision, configuration_of(self.sweep, self.sweep.trials[resolved.trial_id]))
+            if resolved.decision.keep:
+                return True
+        return False
+
+    def _end_paused(self) -> None:
+        """The search is over for those that the rule has left at a rung."""
+        for configuration in configurations(self.sweep):
+            for trial in configuration.live:
+                reason = stop_reason(configuration.decisions[-1], trial)
+                self._end(trial, EndState.STOPPED_EARLY, f"{reason}, and was not called back")
 
     def _line_up(self, trial: TrialRecord) -> None:
         if all(other is not trial for other in self._unfinished):
@@ -320,11 +361,20 @@ class SweepDriver:
         if configuration.live or self._missing_seeds(configuration) or configuration.key in self._concluded:
             return
         self._concluded.add(configuration.key)
-        self._proposer.tell(self._points[configuration.key], configuration.score)
+        self._tell(configuration)
         for trial in configuration.trials:
             if trial.config.evaluation.keep == "all":
                 checkpoints = Checkpoints(self.sweep.folder / "trials" / trial.trial_id / "checkpoints")
                 checkpoints.prune({configuration.best_step, trial.best_step})
+
+    def _tell(self, configuration: Configuration) -> None:
+        """The proposer hears of a score once: where the configuration is paused first, or when it ends.
+
+        Most of the paused never go on, and a searcher that waited for them would learn nothing before the end.
+        """
+        if configuration.key not in self._told:
+            self._told.add(configuration.key)
+            self._proposer.tell(self._points[configuration.key], configuration.score)
 
     def _track_end(self, trial: TrialRecord) -> None:
         self._tracker.trial_ended(
@@ -341,16 +391,20 @@ class SweepDriver:
             first = configuration.first
             self._points[configuration.key] = Point(first.config.loss, first.values, baseline=first.baseline)
             for decision in configuration.decisions:
-                self._rule.replay(self._arrival(configuration, step=decision.rung, value=decision.value))
+                self._rule.replay(
+                    self._arrival(configuration, step=decision.rung, value=decision.value), decision
+                )
         for trial in list(self.sweep.trials.values()):
             self._replay_trial(trial)
         for configuration in searched:
             self._settle(configuration)
+            if any(decision.pause for decision in configuration.decisions):
+                self._tell(configuration)
             self._conclude(configuration)
 
     def _replay_trial(self, trial: TrialRecord) -> None:
         decisions = configuration_of(self.sweep, trial).decisions if trial.role == SEARCH else []
-        refused = next((d for d in decisions if not d.keep and d.rung in trial.reports), None)
+        refused = next((d for d in decisions if not (d.keep or d.pause) and d.rung in trial.reports), None)
         if trial.end_state is not None:
             if not self._tracker.has_ended(trial.trial_id):  # killed between ledger and journal
                 self._track(trial)

@@ -45,7 +45,6 @@ from prefopt_ray.results.ledger import (
 from prefopt_ray.prepare import Prepared, WorkerBlueprint, cache_folder, prepare
 from prefopt_ray.report.lines import answer_lines, leaderboard
 from prefopt_ray.spec import SweepSpec, confirmed_spec, dump_spec, load_spec
-from prefopt_ray.spec.sections import DEFAULT_PRESET, PRESETS, SchedulerSpec
 from prefopt_ray.tracking.delivery import TrackingSettings
 from prefopt_ray.tracking.operations import DatasetInfo
 from prefopt_ray.tracking.runs import SweepIdentity, SweepSummary, SweepTracker, tracking_uri
@@ -54,7 +53,7 @@ from prefopt_ray.tuning.driver import MAX_PROCESS_DEATHS, ConfirmRun, Replicas, 
 from prefopt_ray.tuning.judging import Ground, Question, judge_at_end, judge_sweep
 from prefopt_ray.tuning.passes import reference_pass, score_on_test
 from prefopt_ray.tuning.resources import refuse_impossible, slots, start_ray, trial_resources, tune_settings
-from prefopt_ray.tuning.rungs import FixedStops, NoStops, StopRule, SuccessiveHalving
+from prefopt_ray.tuning.rungs import rule_of
 from prefopt_ray.tuning.seams import DriverCallback, DriverScheduler, DriverSearcher
 from prefopt_ray.tuning.search import Listed, Point, Proposer, Tpe, listed_points
 from prefopt_ray.tuning.trainable import PreferenceTrainable
@@ -263,7 +262,7 @@ def _driver(
 
     return SweepDriver(
         sweep, ledger=ledger, tracker=tracker, proposer=make_proposer(spec, sweep),
-        rule=make_rule(spec, total_steps=total_steps), make_config=make_config,
+        rule=rule_of(spec.scheduler, spec.rung_steps(total_steps)), make_config=make_config,
         replicas=Replicas(spec.seeds, spec.replicates_from(total_steps)),
         within_loss=spec.scheduler.within == "loss", stopping=lambda: stop_requested(sweep.folder),
         plan_confirmation=plan if spec.confirm is not None else None,
@@ -298,19 +297,6 @@ def make_proposer(spec: SweepSpec, sweep: SweepRecord) -> Proposer:
         baseline=baseline,
     )
     return Listed(points, done=len(configurations(sweep)))
-
-
-def make_rule(spec: SweepSpec, *, total_steps: int) -> StopRule:
-    scheduler = spec.scheduler
-    if scheduler.kind == "asha":
-        return SuccessiveHalving(spec.rung_steps(total_steps), _keep_one_in(scheduler))
-    if scheduler.kind == "fixed":
-        return FixedStops(scheduler.stop_steps)
-    return NoStops()
-
-
-def _keep_one_in(scheduler: SchedulerSpec) -> int:
-    return scheduler.keep_one_in or PRESETS[scheduler.preset or DEFAULT_PRESET].keep_one_in
 
 
 # -- before and after the trials -------------------------------------------------------------------
@@ -387,6 +373,8 @@ def _facts(prepared: Prepared) -> dict[str, Any]:
         "weights": prepared.blueprint.weights,
         "reference_weights": prepared.blueprint.reference_weights,
         "merged_adapters": list(prepared.blueprint.model.adapters),
+        "quantisation": prepared.blueprint.model.quantisation,
+        "engine": f"{prepared.blueprint.choice.engine} ({prepared.blueprint.choice.reason})",
         "warnings": list(prepared.warnings),
         "total_tokens": {name: int(part.longest.sum()) for name, part in loaded.data.parts.items()},
     }
