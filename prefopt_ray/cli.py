@@ -71,8 +71,22 @@ def validate(options: argparse.Namespace) -> int:
             counted += f", {spec.configuration_count} configurations with {len(spec.seeds)} seeds each"
         if spec.confirm is not None:
             counted += f", at most {spec.confirm_count} of them to confirm the best {spec.confirm.top}"
-        print(f"{options.spec}: valid; {counted}; scheduler {spec.scheduler.kind}")
+        print(f"{options.spec}: valid; {counted}; scheduler {_scheduler_said(spec)}")
     return 0
+
+
+def _scheduler_said(spec: "SweepSpec") -> str:
+    """`asha, 1 in 3 goes on at steps 18, 53 of 160`; in percent where the length is only known with the data."""
+    scheduler = spec.scheduler
+    training = spec.training
+    if not scheduler.has_rungs or (training.epochs is not None and training.stop_step is not None):
+        return scheduler.kind
+    if training.epochs is not None:
+        rungs = "at " + ", ".join(f"{step / 100:.0f}%" for step in spec.rung_steps(10_000)) + " of the training"
+    else:
+        length = spec.total_steps(train_pairs=0)  # not read: the length is given
+        rungs = f"at steps {', '.join(map(str, spec.rung_steps(length)))} of {length}"
+    return f"{scheduler.kind}, 1 in {scheduler.factor} goes on {rungs}"
 
 
 def pairs(options: argparse.Namespace) -> int:
@@ -99,6 +113,35 @@ def pairs(options: argparse.Namespace) -> int:
     else:
         make_console().print(render_pairs(views, loaded))
     return 0
+
+
+def plan(options: argparse.Namespace) -> int:
+    spec = _load_to_run(options)
+    from prefopt_ray.plan.lines import plan_json, plan_lines
+    from prefopt_ray.report.terminal import TerminalObserver, make_console
+    from prefopt_ray.tuning.planning import plan_sweep
+
+    _quiet_libraries()
+    with TerminalObserver(make_console(stderr=True)) as observer:
+        planned = plan_sweep(spec, stage=observer.stage)
+    print(json.dumps(plan_json(planned)) if options.json else "\n".join(plan_lines(planned)))
+    return 0 if planned.fitting else 1
+
+
+def verify(options: argparse.Namespace) -> int:
+    spec = _load_to_run(options)
+    from prefopt_ray.report.terminal import TerminalObserver, make_console
+    from prefopt_ray.verify.lines import verification_json, verification_lines
+    from prefopt_ray.verify.steps import verify_steps
+
+    _quiet_libraries()
+    with TerminalObserver(make_console(stderr=True)) as observer:
+        found = verify_steps(spec, steps=options.steps, stage=observer.stage)
+    if options.json:
+        print(json.dumps(verification_json(found, name=spec.name)))
+    else:
+        print("\n".join(verification_lines(found, name=spec.name)))
+    return 0 if found.agree else 1
 
 
 def losses(options: argparse.Namespace) -> int:
@@ -154,7 +197,7 @@ def best(options: argparse.Namespace) -> int:
 def show(options: argparse.Namespace) -> int:
     from prefopt_ray.results.answer import find_answer
     from prefopt_ray.results.ledger import read_sweep
-    from prefopt_ray.report.lines import answer_lines, leaderboard
+    from prefopt_ray.report.lines import answer_lines, engine_lines, leaderboard
     from prefopt_ray.report.terminal import make_console, sweep_tables
 
     sweep = read_sweep(_sweep_folder(options))
@@ -165,7 +208,7 @@ def show(options: argparse.Namespace) -> int:
     console = make_console()
     for table in sweep_tables(sweep, title=f"{sweep.name} {sweep.sweep_id}"):
         console.print(table)
-    for line in answer_lines(sweep, answer):
+    for line in [*answer_lines(sweep, answer), *engine_lines(sweep)]:
         console.print(line)
     for trial in sweep.trials.values():
         if trial.reason and options.reasons:
@@ -229,6 +272,28 @@ def explain(options: argparse.Namespace) -> int:
         print(json.dumps(explanation_json(explanation)))
     else:
         print("\n".join(explanation_lines(explanation)))
+    return 0
+
+
+def replay(options: argparse.Namespace) -> int:
+    from dataclasses import asdict
+
+    from prefopt_ray.results.curves import read_table
+    from prefopt_ray.tuning.replay import DEFAULT_SCHEDULERS, measure, parse_scheduler, replay_lines
+
+    schedulers = [parse_scheduler(text) for text in options.scheduler or DEFAULT_SCHEDULERS]
+    tables = [read_table(_table_path(table, options.storage)) for table in options.tables]
+    measured = measure(
+        tables, schedulers, slots=options.slots, orders=options.orders, within_loss=options.within == "loss"
+    )
+    if options.json:
+        print(json.dumps({
+            "tables": [{"name": t.name, "curves": len(t.curves), "left_out": dict(t.left_out)} for t in tables],
+            "slots": options.slots, "orders": options.orders, "within": options.within,
+            "schedulers": [asdict(m) for m in measured],
+        }))
+    else:
+        print("\n".join(replay_lines(tables, measured, slots=options.slots, orders=options.orders)))
     return 0
 
 
@@ -456,6 +521,11 @@ def _sweep_folder(options: argparse.Namespace) -> Path:
     raise SweepError(Problem("command line", "SWEEP", repr(wanted), rule, f"sweeps there: {names}; or give --storage"))
 
 
+def _table_path(wanted: str, storage: str | None) -> Path:
+    """A file of curves as it is; anything else is a sweep's name, id or folder. Raises SweepError."""
+    return Path(wanted) if Path(wanted).is_file() else _sweep_folder(argparse.Namespace(sweep=wanted, storage=storage))
+
+
 def _print_error(error: PrefoptError) -> None:
     lines = error.problems if isinstance(error, InputError) else (error,)
     for line in lines:
@@ -530,6 +600,11 @@ def _spec_commands(command: Declare) -> None:
     looked = command("pairs", pairs, text="look at the pairs as they will be trained on", takes="spec",
                      example="prefopt pairs sweeps/quickstart.yaml --show 5")
     looked.add_argument("--show", type=_number(0, 10**9), default=3, metavar="N", help="how many pairs (default 3)")
+    command("plan", plan, text="what a sweep will take: time, memory, evaluating's share", takes="spec",
+            example="prefopt plan sweeps/quickstart.yaml")
+    verified = command("verify", verify, text="do the engines and TRL compute the same on your model and pairs?",
+                       takes="spec", example="prefopt verify sweeps/quickstart.yaml --steps 8")
+    verified.add_argument("--steps", type=_number(1, 1000), default=8, help="optimizer steps (default 8)")
     cards = command("losses", losses, text="every loss, or one loss on a page", takes="nothing",
                     example="prefopt losses ipo_sum")
     cards.add_argument("name", metavar="NAME", nargs="?", help="a loss, such as ipo_sum or sigmoid:js")
@@ -557,6 +632,18 @@ def _question_commands(command: Declare) -> None:
     reasoned.add_argument("--at", choices=("best", "end"), default="end", help="at which evaluation (default: end)")
     reasoned.add_argument("--verdicts", action="append", default=[], metavar="THRESHOLD=VALUE",
                           help="judge with another threshold, such as overfit_z=3")
+    replayed = command("replay", replay, text="what other schedulers would have cost and lost on recorded curves",
+                       takes="nothing", example="prefopt replay quickstart --scheduler asha:standard")
+    replayed.add_argument("tables", metavar="TABLE", nargs="+",
+                          help="a sweep, or a .csv or .jsonl file of curves (trial, step, value, ...)")
+    replayed.add_argument("--scheduler", action="append", metavar="KIND[:SETTING]",
+                          help="asha:standard, asha_promotion:10%%/3, fixed:80, lockstep, hyperband, median, ... "
+                               "(default: all of them)")
+    replayed.add_argument("--slots", type=_number(1, 10**4), default=4, help="trials side by side (default 4)")
+    replayed.add_argument("--orders", type=_number(1, 10**5), default=200,
+                          help="random orders of arrival for each table (default 200)")
+    replayed.add_argument("--within", choices=("loss", "sweep"), default="loss",
+                          help="what a trial is compared with at a rung (default: its own loss)")
     drawn = command("figure", figure, text="draw what a sweep's trials stored, and keep it in its MLflow run",
                     takes="sweep", example="prefopt figure over-optimisation frontier")
     drawn.add_argument("kind", metavar="KIND", help="frontier (gold reward against KL), gold, paths, learning_rates "

@@ -34,7 +34,8 @@ def test_every_dependency_is_pinned_inside_its_range_and_has_a_reason() -> None:
     pins = {name.lower().replace("_", "-"): version for name, version in pins.items()}
     text = (ROOT / "pyproject.toml").read_text()
     project = tomllib.loads(text)["project"]
-    needed = [*project["dependencies"], *project["optional-dependencies"]["test"]]
+    extras = project["optional-dependencies"]
+    needed = [*project["dependencies"], *extras["test"], *extras["qlora"]]
     for line in needed:
         requirement = Requirement(line)
         if requirement.name == "prefopt-ray":

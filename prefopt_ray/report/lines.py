@@ -40,8 +40,23 @@ def answer_lines(sweep: SweepRecord, answer: Answer) -> list[str]:
     if merged:
         base = f"{sweep.facts['model']} with {', '.join(merged)} merged into it first"
         lines.append(f"Note: its adapter belongs on {base}.")
+    quantisation = sweep.facts.get("quantisation")
+    if quantisation:
+        lines.append(f"Note: adapters were trained, and all of this measured, on the base in 4 bits ({quantisation}).")
     lines.append(f"Trials: {sweep.state_counts}{_evaluating(sweep)}.")
     return lines
+
+
+def engine_lines(sweep: SweepRecord) -> list[str]:
+    """What computed the trials, and why: one line for each engine that did."""
+    trials: dict[str, list[str]] = {}
+    for trial in sweep.trials.values():
+        if "engine" in trial.placement:
+            engine = f"{trial.placement['engine']} ({trial.placement.get('reason', '')})"
+            trials.setdefault(engine, []).append(trial.trial_id)
+    if len(trials) == 1:
+        return [f"Engine: {engine}." for engine in trials]
+    return [f"Engine of {', '.join(ids)}: {engine}." for engine, ids in trials.items()]
 
 
 def leaderboard(answer: Answer) -> list[dict[str, str | float | int | None]]:

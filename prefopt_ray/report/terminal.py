@@ -70,6 +70,8 @@ class TerminalObserver:
         self._expected = spec.trial_count
         pairs = ", ".join(f"{count} {part}" for part, count in sweep.facts["pairs"].items())
         self._console.print(Text(f"{sweep.name} {sweep.sweep_id}: {self._expected} trials on {pairs} pairs"))
+        if "engine" in sweep.facts:  # not in sweeps of earlier versions
+            self._console.print(Text(f"engine: {sweep.facts['engine']}"))
         for note in notes:
             self._console.print(Text(f"note: {note}"), style="yellow")
         self._console.print(Text(f"results: {sweep.folder}"), soft_wrap=True)

@@ -273,16 +273,16 @@ def metric_key(name: str) -> str:
     return safe[:KEY_CHARACTERS] or "_"
 
 
-def flat_params(params: Mapping[str, object], prefix: str = "") -> dict[str, str]:
+def flat_params(params: Mapping[str | int, object], prefix: str = "") -> dict[str, str]:
     """`{"training": {"epochs": 1}}` -> `{"training.epochs": "1"}`. Loss parameters stand at the top."""
     flat: dict[str, str] = {}
     for name, value in params.items():
         if isinstance(value, Mapping):
             flat |= flat_params(value, prefix if name == "loss_params" else f"{prefix}{name}.")
         elif isinstance(value, (list, tuple)):
-            flat[metric_key(prefix + name)] = ",".join(str(item) for item in value)
+            flat[metric_key(f"{prefix}{name}")] = ",".join(str(item) for item in value)
         elif value is not None:
-            flat[metric_key(prefix + name)] = str(value)
+            flat[metric_key(f"{prefix}{name}")] = str(value)
     return flat
 
 

@@ -38,6 +38,7 @@ def train(
         yield trial.last_report
     elif trial.evaluation_due:
         yield _report(trial)
+    trial.restart_clock()
     while trial.running:
         if interrupted():
             trial.save()
@@ -47,6 +48,7 @@ def train(
             yield trial.end(EndState.OUT_OF_MEMORY, shortage)
         elif trial.evaluation_due or not trial.running:
             yield _report(trial)
+            trial.restart_clock()
 
 
 def _step(trial: TrialState, worker: Worker) -> str:

@@ -1,6 +1,7 @@
 """Learning-rate factors and data order: pure functions of (step, seed), so a resumed trial continues them."""
 
 import math
+from functools import lru_cache
 
 import numpy as np
 
@@ -29,7 +30,14 @@ def batch_indices(step: int, *, pairs: int, batch: int, seed: int) -> np.ndarray
     first = step * batch
     picked = []
     for epoch in range(first // pairs, (first + batch - 1) // pairs + 1):
-        order = np.random.default_rng([seed, epoch]).permutation(pairs)
         start, stop = max(0, first - epoch * pairs), min(pairs, first + batch - epoch * pairs)
-        picked.append(order[start:stop])
+        picked.append(_epoch_order(pairs, seed=seed, epoch=epoch)[start:stop])
     return np.concatenate(picked)
+
+
+@lru_cache(maxsize=4)  # drawn anew at every step, an epoch would cost the square of its pairs
+def _epoch_order(pairs: int, *, seed: int, epoch: int) -> np.ndarray:
+    """(pairs,) the epoch's rows in their order, not to be written to."""
+    order = np.random.default_rng([seed, epoch]).permutation(pairs)
+    order.flags.writeable = False
+    return order

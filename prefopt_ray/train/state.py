@@ -206,6 +206,10 @@ class TrialState:
         checkpoint = Checkpoint(self._step, self._worker.engine.state(self.slot), self.state())
         self._checkpoints.save(checkpoint, keep=self._kept_steps)
 
+    def restart_clock(self) -> None:
+        """What passed since the last report was its reader's time, not the trial's."""
+        self._clock = time.monotonic()
+
     def state(self) -> dict[str, Any]:
         """Everything that must survive beside weights, optimizer and the log of evaluations and steps. JSON-ready."""
         report = None

@@ -1,6 +1,6 @@
 """What part of a trial's time is spent evaluating, with everything left at its default.
 
-    python tests/benchmarks/evaluation_share.py [--pairs 6000] [--hidden 256] [--layers 4] [--adapter lora|none]
+    python tests/benchmarks/evaluation_share.py [--pairs 6000] [--hidden 256] [--layers 4] [--vocabulary 400] [--adapter lora|none]
 
 A random Llama, pairs of 40 to 200 made-up words, one epoch. Prints seconds and the share that counting tokens predicts.
 """
@@ -11,6 +11,7 @@ import sys
 import tempfile
 import time
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -29,10 +30,10 @@ WORDS = "time year people way day man thing woman life child world school state 
 
 
 def main() -> None:
-    options = _options()
+    options = sizes(__doc__)
     torch.set_num_threads(1)
     with tempfile.TemporaryDirectory() as home:
-        spec = _spec(Path(home), options)
+        spec = SweepSpec.from_dict(random_spec(Path(home), options))
         worker, prepared = open_worker(spec)
         config = prepared.trial_config("sigmoid", {"beta": 0.1, "learning_rate": 1e-5})
         stepping = _timed(worker.engine)
@@ -62,10 +63,11 @@ def _timed(engine) -> list[float]:
     return seconds
 
 
-def _spec(home: Path, options: argparse.Namespace) -> SweepSpec:
+def random_spec(home: Path, options: argparse.Namespace) -> dict[str, Any]:
+    """A random Llama and made-up pairs of the options' sizes, and a spec with everything else at its default."""
     model = save_chat_model(home / "model")
     config = LlamaConfig.from_pretrained(
-        model, hidden_size=options.hidden, intermediate_size=2 * options.hidden, num_hidden_layers=options.layers,
+        model, vocab_size=options.vocabulary, hidden_size=options.hidden, intermediate_size=2 * options.hidden, num_hidden_layers=options.layers,
         num_attention_heads=4, num_key_value_heads=4, max_position_embeddings=1024,
     )
     torch.manual_seed(0)
@@ -76,18 +78,20 @@ def _spec(home: Path, options: argparse.Namespace) -> SweepSpec:
         for number in range(options.pairs):
             prompt, chosen, rejected = (" ".join(rng.choice(WORDS, rng.integers(5, 25))) for _ in range(3))
             file.write(json.dumps({"prompt": f"{number} {prompt}", "chosen": chosen, "rejected": rejected}) + "\n")
-    return SweepSpec.from_dict({
+    return {
         "name": "share", "model": {"policy": str(model), "dtype": "float32", "adapter": {"kind": options.adapter}},
         "data": {"train": {"source": str(pairs)}}, "training": {"epochs": 1},
         "search": {"trials_per_loss": 1, "losses": {"sigmoid": {}}}, "storage": str(home / "results"),
-    })
+    }
 
 
-def _options() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+def sizes(description: str) -> argparse.Namespace:
+    """What was typed."""
+    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--pairs", type=int, default=6000)
     parser.add_argument("--hidden", type=int, default=256)
     parser.add_argument("--layers", type=int, default=4)
+    parser.add_argument("--vocabulary", type=int, default=400)
     parser.add_argument("--adapter", choices=("lora", "none"), default="lora")
     return parser.parse_args()
 

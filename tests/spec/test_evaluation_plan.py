@@ -45,12 +45,12 @@ def test_what_is_written_is_kept():
 def test_evaluating_stays_below_a_quarter_where_select_is_at_most_a_twentieth(pairs, tokens, full, select_share):
     load = Workload(pairs, tokens, max(1, int(select_share * pairs)), tokens, tokens / 5, full)
     plan = evaluation(load, pairs=pairs)
-    # By hand: every scoring after step 0 reads select and probe once; every draw decodes, then is read twice.
+    # By hand: step 0 reads the probe, every later scoring select too; every draw decodes, then is read twice.
     scorings = sum(1 for step in plan.steps if step)
-    read = scorings * (load.select_pairs + plan.probe_pairs) * tokens
+    read = (scorings * load.select_pairs + (scorings + 1) * plan.probe_pairs) * tokens
     new = plan.max_new_tokens
-    drawn = len(plan.sample_steps) * plan.sample_prompts * (tokens / 5 + 3 * new + 2 * (tokens / 5 + new))
-    trained = pairs * tokens * (3 if full else 2)
+    drawn = len(plan.sample_steps) * plan.sample_prompts * (tokens / 5 + 5 * new + 2 * (tokens / 5 + new))
+    trained = pairs * tokens * (3 if full else 2.2)
     assert share(load, plan) == pytest.approx((read + drawn) / (read + drawn + trained))
     smallest = plan.probe_pairs == 64 or plan.sample_prompts == 16
     assert share(load, plan) < 0.25 or smallest

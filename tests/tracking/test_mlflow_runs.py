@@ -412,6 +412,12 @@ def test_params_are_flat_text_with_loss_parameters_on_top() -> None:
     assert flat_params(params) == {"beta": "0.1", "training.optimizer.betas": "0.9,0.999"}
 
 
+def test_params_may_be_keyed_by_number_as_given_stop_steps_are() -> None:
+    params = {"scheduler": {"kind": "fixed", "stop_steps": {1: 7, 2: 20}}}
+    flat = {"scheduler.kind": "fixed", "scheduler.stop_steps.1": "7", "scheduler.stop_steps.2": "20"}
+    assert flat_params(params) == flat
+
+
 def test_an_empty_leaderboard_is_still_a_table() -> None:
     assert json.loads(leaderboard_json([])) == {"columns": [], "data": []}
 

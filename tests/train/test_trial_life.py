@@ -40,6 +40,14 @@ def test_reports_come_at_the_planned_steps_and_every_step_is_in_one_of_them() ->
     assert all(all_finite(report) for report in reports)
 
 
+def test_the_time_between_two_reports_is_the_readers_not_the_trials() -> None:
+    began = time.monotonic()
+    for report in train(evaluated_at(trial_config(steps=4), 0, 2, 4), tiny_worker()):
+        whole = time.monotonic() - began
+        time.sleep(0.3)
+    assert 0 < report.seconds <= whole - 2 * 0.3
+
+
 @pytest.mark.parametrize("adapter", ["lora", "none"])
 def test_the_same_configuration_twice_says_the_same(adapter: str) -> None:
     config = trial_config(adapter=adapter, learning_rate=1e-2)

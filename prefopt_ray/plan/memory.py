@@ -1,0 +1,76 @@
+"""What this process has taken at most, stage by stage, and what the machine has: bytes.
+
+On a CUDA device what counts is the device's memory, as torch reserves it; otherwise this process's resident set.
+"""
+
+import os
+import resource
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+KIB = 1 if sys.platform == "darwin" else 1024  # unit of ru_maxrss
+# Ray ends a worker when its node's memory is this full.
+USABLE = 0.95
+_LIMITS = (Path("/sys/fs/cgroup/memory.max"), Path("/sys/fs/cgroup/memory/memory.limit_in_bytes"))
+
+
+@dataclass(frozen=True)
+class Room:
+    """Memory where trials run."""
+
+    total: int
+    available: int  # for trials: what nobody uses now, up to the point where workers are ended
+
+
+class Gauge:
+    """The peak since the process began, and by how much each stage raised it."""
+
+    def __init__(self, device: str) -> None:
+        self._device = device
+        self._seen = 0
+        self.rises: dict[str, int] = {}  # stage -> bytes
+
+    def mark(self, stage: str) -> None:
+        """The stage ends here."""
+        peak = max(self._seen, peak_bytes(self._device))
+        self.rises[stage] = self.rises.get(stage, 0) + peak - self._seen
+        self._seen = peak
+
+    @property
+    def peak(self) -> int:
+        return self._seen
+
+
+def peak_bytes(device: str) -> int:
+    if device == "cuda":
+        return torch.cuda.max_memory_reserved()
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * KIB
+
+
+def room(device: str) -> Room:
+    """Asked before anything is loaded."""
+    if device == "cuda":
+        free, total = torch.cuda.mem_get_info()
+        return Room(total, free)
+    total = min([os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"), *_cgroup_limits()])
+    free = min(total, _available())
+    own = peak_bytes(device)  # this process ends before trials begin
+    return Room(total, max(0, free + own - int((1 - USABLE) * total)))
+
+
+def _cgroup_limits() -> list[int]:
+    texts = [path.read_text().strip() for path in _LIMITS if path.is_file()]
+    return [int(text) for text in texts if text.isdecimal()]
+
+
+def _available() -> int:
+    """What can be taken without swapping."""
+    info = Path("/proc/meminfo")
+    if info.is_file():
+        for line in info.read_text().splitlines():
+            if line.startswith("MemAvailable:"):
+                return int(line.split()[1]) * 1024
+    return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
