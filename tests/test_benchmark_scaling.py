@@ -1,17 +1,26 @@
 """The benchmarks that need a quiet machine or a GPU still run, in their smallest form, and judge as they say."""
 
 import json
+import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 import torch
 from benchmarks import gpu, scaling_pairs, scaling_trials
-from benchmarks.memory_clock import forget_peak, peak_bytes, resident_bytes
 from benchmarks.model_shapes import ModelShape, random_model
 from benchmarks.packing_probe import Bench, difference, isolates
 from benchmarks.pair_lengths import LengthShape, random_pairs
 
+TESTS = Path(__file__).parent
+HOLD_40_MIB = """
+import torch
+from benchmarks.memory_clock import forget_peak, peak_bytes, resident_bytes
+forget_peak()
+before = resident_bytes()
+torch.ones(40 * 2**20, dtype=torch.uint8).max()
+print(peak_bytes() - before)
+"""
 TINY = ModelShape("tiny", 2, 32, 64, 4, 2, 64)
 
 
@@ -54,7 +63,6 @@ def test_a_stage_that_grows_with_the_square_of_the_pairs_is_missed() -> None:
 
 
 def test_the_memory_clock_sees_what_was_held_for_a_moment() -> None:
-    forget_peak()
-    before = resident_bytes()
-    torch.ones(40 * 2**20, dtype=torch.uint8).max()
-    assert 35 * 2**20 < peak_bytes() - before < 60 * 2**20
+    """In a process of its own, as the benchmarks measure: a long test run has freed memory that is still resident."""
+    seen = subprocess.run([sys.executable, "-c", HOLD_40_MIB], cwd=TESTS, capture_output=True, text=True, check=True)
+    assert 35 * 2**20 < int(seen.stdout) < 60 * 2**20
