@@ -131,10 +131,12 @@ def plan(options: argparse.Namespace) -> int:
 def verify(options: argparse.Namespace) -> int:
     spec = _load_to_run(options)
     from prefopt_ray.report.terminal import TerminalObserver, make_console
+    from prefopt_ray.tuning.resources import refuse_impossible
     from prefopt_ray.verify.lines import verification_json, verification_lines
     from prefopt_ray.verify.steps import verify_steps
 
     _quiet_libraries()
+    refuse_impossible(spec)  # a model meant for a GPU would take hours here
     with TerminalObserver(make_console(stderr=True)) as observer:
         found = verify_steps(spec, steps=options.steps, stage=observer.stage)
     if options.json:
@@ -523,7 +525,12 @@ def _sweep_folder(options: argparse.Namespace) -> Path:
 
 def _table_path(wanted: str, storage: str | None) -> Path:
     """A file of curves as it is; anything else is a sweep's name, id or folder. Raises SweepError."""
-    return Path(wanted) if Path(wanted).is_file() else _sweep_folder(argparse.Namespace(sweep=wanted, storage=storage))
+    if Path(wanted).is_file():
+        return Path(wanted)
+    if Path(wanted).suffix in (".csv", ".jsonl"):
+        rule = "no such file"
+        raise SweepError(Problem("command line", "TABLE", repr(wanted[:200]), rule, "give a table of curves, or a sweep"))
+    return _sweep_folder(argparse.Namespace(sweep=wanted, storage=storage))
 
 
 def _print_error(error: PrefoptError) -> None:

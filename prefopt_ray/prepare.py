@@ -77,6 +77,7 @@ class WorkerBlueprint:
     threads: int
     device: str  # cpu | cuda
     choice: EngineChoice
+    gpu_share: float = 1.0  # of the GPU's memory, where trials share one
     needs: frozenset[str] = frozenset()  # of all losses that will train
     losses: tuple[RegisteredLoss, ...] = ()  # those of them that another process cannot find by name alone
     thresholds: Thresholds = Thresholds()
@@ -103,6 +104,9 @@ class WorkerBlueprint:
     def open_engine(self) -> LocalEngine:
         torch.set_num_threads(self.threads)
         device = torch.device(self.device)
+        if self.device == "cuda" and self.gpu_share < 1:
+            # A trial that takes more is out of memory itself, instead of its neighbours.
+            torch.cuda.set_per_process_memory_fraction(self.gpu_share)
         # Full fine-tuning in bfloat16 would round small updates away: float32 weights, bfloat16 arithmetic.
         autocast = torch.bfloat16 if self.full_finetuning and self.model.dtype == "bfloat16" else None
         weights = "float32" if autocast else self.model.dtype
@@ -224,6 +228,7 @@ def prepare(spec: SweepSpec, *, stage: Stage, device: str, threads: int) -> Prep
         gold=spec.data.is_gold,
         threads=threads,
         device=device,
+        gpu_share=spec.resources.gpu_share(gpus_present=True) or 1.0,
         choice=choose_engine(spec.engine, config, AdapterConfig(**dict(spec.model.adapter))),
         needs=frozenset().union(*(find_card(loss).needs for loss in _trained_losses(spec))),
         losses=_registered_among(_trained_losses(spec)),

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 
+from prefopt_ray.engine.choose import FAMILIES
 from prefopt_ray.losses.card_parts import EXPONENT_LIMIT
 from prefopt_ray.losses.cards import CARDS, LossCard, find_card
 from prefopt_ray.losses.compositions import ALIASES, DIVERGENCES, LINKABLE
@@ -19,6 +20,12 @@ LOSSES = (GUIDES / "losses.md").read_text()
 VERDICTS = (GUIDES / "reading-a-verdict.md").read_text()
 WIDELY_USED = ("What each one is", "Where to search")
 EXPERIMENTAL = ("Experimental losses", "Where to search the experimental ones")
+
+
+def test_the_served_families_are_those_that_are_tested() -> None:
+    engines = (GUIDES / "engines.md").read_text()
+    listed = engines.partition("Served flat, by `model_type`: ")[2].partition(". A family")[0]
+    assert tuple(" ".join(listed.split()).split(", ")) == FAMILIES
 
 
 def test_every_card_is_once_among_its_own_kind_the_widely_used_first() -> None:

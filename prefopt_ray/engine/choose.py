@@ -66,7 +66,9 @@ def open_engine(
     `plan.engine`, `plan.reason` and `plan.attention` become what was opened.
     """
     own_attention = str(model.config._attn_implementation)
-    settings: dict[str, object] = dict(pad_id=pad_id, eos_ids=eos_ids, autocast=autocast, separate_reference=separate_reference)
+    settings: dict[str, object] = {
+        "pad_id": pad_id, "eos_ids": eos_ids, "autocast": autocast, "separate_reference": separate_reference,
+    }
     if choice.engine == FLAT:
         flat = replace(plan, engine=FLAT, reason=choice.reason, attention=f"{NAME}/{attention_kernel(model.device)}")
         try:

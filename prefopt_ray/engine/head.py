@@ -14,6 +14,7 @@ from prefopt_ray.engine.batches import Batch
 Head = Callable[[Tensor], Tensor]  # (n, d) hidden -> (n, V) logits
 
 CHUNK_ELEMENTS = 2**25  # logits held at once; 128 MiB in float32
+CHUNK_BYTES = 3 * 4 * CHUNK_ELEMENTS  # what a chunk takes at most: logits, their softmax, their gradient
 
 
 def completion_logps(hidden: Tensor, batch: Batch, *, head: Head, vocabulary: int) -> Tensor:

@@ -20,6 +20,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from prefopt_ray.engine.base import REFERENCE, ReferencedPairs, Samples, StepOutcome, SteppedTrial, pair_stats
 from prefopt_ray.engine.batches import Batch, example_pair, left_padded, ragged, runs_within, scoring_order
 from prefopt_ray.engine.head import (
+    CHUNK_BYTES,
     completion_logps,
     divergence_sums,
     reference_divergences,
@@ -105,8 +106,14 @@ class LocalEngine(ABC):
     def _measure_memory(self, slot: int, config: TrialConfig) -> None:
         trainable = self._slots[slot].parameters.values()
         kept = self.kept_bytes_per_token(slot, recompute=config.training.gradient_checkpointing)
-        self._most_kept = tokens_in_memory(self.device, bytes_per_token=kept, trainable=trainable)
+        self._most_kept = tokens_in_memory(
+            self.device, bytes_per_token=kept, trainable=trainable, logits_bytes=self._logits_bytes()
+        )
         self.plan = replace(self.plan, micro_batch_tokens=budget(self._most_kept))
+
+    def _logits_bytes(self) -> int:
+        """What the head holds for a moment, whatever the batch."""
+        return CHUNK_BYTES
 
     def kept_bytes_per_token(self, slot: int, *, recompute: bool = False) -> float:
         """What autograd keeps of a training step's forward pass per token of a batch, in bytes."""
@@ -231,7 +238,8 @@ class LocalEngine(ABC):
     def _recomputes(self, trial: SteppedTrial, pairs: PairTokens) -> bool:
         """Whether layers are computed again in the backward pass: as asked, or because a single pair is too long."""
         tokens = int(self._lengths(pairs).sum())
-        return trial.config.training.gradient_checkpointing or (self._most_kept is not None and tokens > self._most_kept)
+        too_long = self._most_kept is not None and tokens > self._most_kept
+        return too_long or trial.config.training.gradient_checkpointing
 
     def _extras_without_gradient(self, trial: SteppedTrial, pairs: ReferencedPairs) -> dict[str, Tensor]:
         if "mismatched" not in trial.card.needs:

@@ -1,7 +1,7 @@
 """How many tokens one forward pass with gradients may hold: measured on the model itself, not guessed.
 
-On a GPU the limit is memory: what autograd keeps per token, counted on one small pair. On a CPU it is the cache:
-measured on two cores, 1,024 to 2,048 tokens a pass are 20 to 30 % faster than 16,384.
+On a GPU the limit is memory: what autograd keeps per token, counted on one small pair. On a CPU it is the cache, and
+the execution plan's own default: measured on two cores, 1,024 to 2,048 tokens a pass are 20 to 30 % faster than 16,384.
 """
 
 from collections.abc import Callable, Iterable
@@ -10,9 +10,8 @@ import torch
 from torch import Tensor, nn
 
 TOKENS_WITHOUT_GRADIENT = {"cpu": 2_048, "cuda": 32_768}
-TOKENS_ON_CPU = 2_048
 MOST_TOKENS = 32_768  # a GPU's products are as fast as they get well before that
-USABLE = 0.7  # of what is free: fragmentation, the head's chunk of logits, kernels' workspaces
+USABLE = 0.7  # of what is free: fragmentation, one layer's backward pass, kernels' workspaces
 GRADIENT_AND_MOMENTS = 3  # copies of the trainable weights that a first AdamW step adds
 
 
@@ -21,11 +20,15 @@ def scoring_tokens(device: str) -> int:
     return TOKENS_WITHOUT_GRADIENT[device]
 
 
-def tokens_in_memory(device: torch.device, *, bytes_per_token: float, trainable: Iterable[nn.Parameter]) -> int:
-    """Tokens whose activations fit into what is free on a CUDA device now, beside gradients and optimizer."""
-    free, _ = torch.cuda.mem_get_info(device)
-    free += torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
-    coming = GRADIENT_AND_MOMENTS * sum(p.numel() * p.element_size() for p in trainable)
+def tokens_in_memory(
+    device: torch.device, *, bytes_per_token: float, trainable: Iterable[nn.Parameter], logits_bytes: int
+) -> int:
+    """Tokens whose activations fit into what is free on a CUDA device now, beside gradients, optimizer and logits."""
+    free, total = torch.cuda.mem_get_info(device)
+    reserved = torch.cuda.memory_reserved(device)
+    allowed = int(torch.cuda.get_per_process_memory_fraction(device) * total) - reserved  # others have their shares
+    free = min(free, allowed) + reserved - torch.cuda.memory_allocated(device)
+    coming = GRADIENT_AND_MOMENTS * sum(p.numel() * p.element_size() for p in trainable) + logits_bytes
     return max(1, int(USABLE * (free - coming) / bytes_per_token))
 
 

@@ -48,6 +48,7 @@ class SweepPlan:
     places: int  # GPUs, or machines without one
     reference_s: float  # the pass before the trials; 0 where it is stored
     warnings: tuple[str, ...]
+    judged: bool = False  # a judge is asked inside trials, and was not timed
 
     @property
     def at_once(self) -> int:
@@ -62,6 +63,7 @@ class SweepPlan:
 def estimate(
     prepared: Prepared, config: TrialConfig, probe: Probe, *, slots: int, places: int, reference_stored: bool
 ) -> SweepPlan:
+    """What `probe` says of every trial of the prepared spec; `slots` fit at once, on `places` with the probe's memory."""
     spec, data = prepared.spec, prepared.loaded.data
     every_pair = sum(len(part) * _relative_length(prepared, part) for part in data.parts.values())
     return SweepPlan(
@@ -71,6 +73,7 @@ def estimate(
         trial=_trial(prepared, config, probe), slots=slots,
         fitting=probe.room.available // probe.peak, places=places,
         reference_s=0.0 if reference_stored else probe.pair_s * every_pair, warnings=prepared.warnings,
+        judged=prepared.blueprint.judge is not None,
     )
 
 

@@ -10,6 +10,7 @@ GIB, MIB = 2**30, 2**20
 
 
 def plan_lines(plan: SweepPlan) -> list[str]:
+    """For people, one topic a paragraph."""
     counted = ", ".join(f"{count:,} {part}" for part, count in plan.pairs.items())
     lines = [*_paragraph(plan.name, f"{_trials(plan.trials)} on {counted} pairs")]
     lines += _paragraph("steps", _steps(plan))
@@ -18,10 +19,13 @@ def plan_lines(plan: SweepPlan) -> list[str]:
     lines += _paragraph("trial", _trial(plan))
     lines += _paragraph("sweep", _sweep(plan))
     lines += _paragraph("memory", _memory(plan))
+    if plan.judged:
+        lines += _paragraph("note", "what the judge takes at each rung is in none of these figures")
     return lines + [line for note in plan.warnings for line in _paragraph("note", note)]
 
 
 def plan_json(plan: SweepPlan) -> dict[str, Any]:
+    """Times in seconds, memory in bytes."""
     probe, trial = plan.probe, plan.trial
     return {
         "name": plan.name, "trials": plan.trials, "pairs": plan.pairs, "rungs": list(plan.rungs),
@@ -36,7 +40,7 @@ def plan_json(plan: SweepPlan) -> dict[str, Any]:
         "evaluating_share": trial.evaluating_share,
         "memory_bytes": {"trial": probe.peak, **probe.memory},
         "room_bytes": vars(probe.room), "fitting": plan.fitting, "places": plan.places, "slots": plan.slots,
-        "at_once": plan.at_once, "warnings": list(plan.warnings),
+        "at_once": plan.at_once, "judge_not_timed": plan.judged, "warnings": list(plan.warnings),
     }
 
 

@@ -14,7 +14,11 @@ import torch
 KIB = 1 if sys.platform == "darwin" else 1024  # unit of ru_maxrss
 # Ray ends a worker when its node's memory is this full.
 USABLE = 0.95
-_LIMITS = (Path("/sys/fs/cgroup/memory.max"), Path("/sys/fs/cgroup/memory/memory.limit_in_bytes"))
+# A container's limit and what it uses of it, in both versions of cgroups.
+_CGROUPS = (
+    (Path("/sys/fs/cgroup/memory.max"), Path("/sys/fs/cgroup/memory.current")),
+    (Path("/sys/fs/cgroup/memory/memory.limit_in_bytes"), Path("/sys/fs/cgroup/memory/memory.usage_in_bytes")),
+)
 
 
 @dataclass(frozen=True)
@@ -55,15 +59,21 @@ def room(device: str) -> Room:
     if device == "cuda":
         free, total = torch.cuda.mem_get_info()
         return Room(total, free)
-    total = min([os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"), *_cgroup_limits()])
-    free = min(total, _available())
+    machine = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    limits = [(limit, used) for limit, used in _containers() if limit < machine]
+    total = min([machine, *(limit for limit, _ in limits)])
+    free = min([_available(), *(max(0, limit - used) for limit, used in limits)])
     own = peak_bytes(device)  # this process ends before trials begin
     return Room(total, max(0, free + own - int((1 - USABLE) * total)))
 
 
-def _cgroup_limits() -> list[int]:
-    texts = [path.read_text().strip() for path in _LIMITS if path.is_file()]
-    return [int(text) for text in texts if text.isdecimal()]
+def _containers() -> list[tuple[int, int]]:
+    """(limit, used) of the containers that this process runs in and that have a limit."""
+    texts = [
+        (limit.read_text().strip(), used.read_text().strip())
+        for limit, used in _CGROUPS if limit.is_file() and used.is_file()
+    ]
+    return [(int(limit), int(used)) for limit, used in texts if limit.isdecimal() and used.isdecimal()]
 
 
 def _available() -> int:

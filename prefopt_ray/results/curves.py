@@ -10,16 +10,17 @@ import math
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
-from itertools import accumulate
+from itertools import accumulate, pairwise
 from pathlib import Path
 from typing import Any
 
 from prefopt_ray.errors import DataError, Problem
 from prefopt_ray.results.configurations import INVALID, Configuration, configurations
-from prefopt_ray.results.ledger import LEDGER_FILE, read_sweep
+from prefopt_ray.results.ledger import LEDGER_FILE, TrialRecord, read_sweep
 from prefopt_ray.trial import EndState
 
-# What a trial does whatever the scheduler: it trains to the end, or its own guards end it.
+# What a trial does whatever the scheduler: it trains to the end, or its own guards end it. (Some guards end it as
+# stopped_early, as schedulers do; then its own last report says so, see `_cut`.)
 WHOLE = (EndState.COMPLETED, EndState.DIVERGED, EndState.STOPPED_OVERFIT, EndState.OUT_OF_MEMORY)
 REQUIRED, OPTIONAL = ("trial", "step", "value"), ("loss", "seconds", "baseline", "end")
 
@@ -54,6 +55,7 @@ class CurveTable:
     curves: tuple[Curve, ...]
     left_out: Mapping[str, int] = field(default_factory=dict)  # why -> how many curves
     error: float | None = None  # standard error of the best curve's value, where it was recorded
+    objective: str = "objective"  # what the values are: gain (in bits), judge/win_lcb, ...; unknown in a plain table
 
     @property
     def last_step(self) -> int:
@@ -105,14 +107,24 @@ def _from_sweep(folder: Path) -> CurveTable:
     found: list[tuple[Curve, float | None]] = []
     left_out: Counter[str] = Counter()
     for configuration in configurations(sweep):
-        cut = next((trial.state for trial in configuration.trials if trial.end_state not in WHOLE), None)
+        cut = next((trial.state for trial in configuration.trials if _cut(trial)), None)
         steps = tuple(sorted(set.intersection(*({s for s in t.reports if s > 0} for t in configuration.trials))))
         if cut is not None or not steps:
             left_out[cut or "without an evaluation after step 0"] += 1
             continue
         found.append((_curve(configuration, steps), _error(configuration)))
     best = max(found, key=lambda pair: pair[0].score, default=None)
-    return CurveTable(folder.name, tuple(curve for curve, _ in found), dict(left_out), best[1] if best else None)
+    objectives = {trial.config.evaluation.objective_name for trial in sweep.trials.values()}
+    return CurveTable(
+        folder.name, tuple(curve for curve, _ in found), dict(left_out), best[1] if best else None,
+        ", ".join(sorted(objectives)),
+    )
+
+
+def _cut(trial: TrialRecord) -> bool:
+    """Whether somebody else ended it: an end that a guard of its own decided is in its last report too."""
+    by_guard = trial.end_state is EndState.STOPPED_EARLY and trial.last is not None and trial.last.end_state is not None
+    return trial.end_state not in WHOLE and not by_guard
 
 
 def _curve(configuration: Configuration, steps: tuple[int, ...]) -> Curve:
@@ -125,9 +137,9 @@ def _curve(configuration: Configuration, steps: tuple[int, ...]) -> Curve:
 
 
 def _error(configuration: Configuration) -> float | None:
-    """Over pairs, of its first seed, where it is best."""
+    """Over pairs, of its first seed, where it is best; not known of objectives other than gain."""
     report = configuration.first.reports.get(configuration.best_step)
-    return report.metrics.get("eval/gain_se") if report else None
+    return report.metrics.get(f"{configuration.config.evaluation.objective}_se") if report else None
 
 
 # -- from a plain table ----------------------------------------------------------------------------
@@ -147,6 +159,11 @@ def _from_rows(path: Path) -> CurveTable:
         if len({row.step for row in rows}) < len(rows):
             twice = f"trial {trial} twice at one step"
             raise DataError(Problem(str(path), "step", twice, "one row for each evaluation"))
+        if any(later.seconds < row.seconds for row, later in pairwise(rows) if None not in (row.seconds, later.seconds)):
+            raise DataError(Problem(
+                str(path), "seconds", f"trial {trial} has fewer at a later step",
+                "counts from the trial's begin, so it rises with the steps",
+            ))
         if not rows or not _is_whole(end, rows[-1].step, last=last):
             left_out[end or "ended before the last step, without a reason"] += 1
             continue
@@ -171,10 +188,13 @@ class _Row:
 def _raw_rows(path: Path) -> Iterator[tuple[int, Mapping[str, Any]]]:
     """Line number and fields."""
     try:
-        lines = path.read_text(encoding="utf-8").splitlines()
+        lines = path.read_text(encoding="utf-8-sig").splitlines()  # spreadsheets begin a file with a byte-order mark
     except (OSError, UnicodeDecodeError) as error:
         rule = "is neither a sweep folder nor a readable table"
         raise DataError(Problem(str(path), "", str(error), rule, "see `prefopt list`")) from error
+    if path.suffix not in (".csv", ".jsonl"):
+        rule = "a table of curves is a .csv or .jsonl file"
+        raise DataError(Problem(str(path), "", path.name, rule, "give a sweep, its folder, or such a table"))
     if path.suffix == ".csv":
         yield from enumerate(csv.DictReader(lines), start=2)
         return
@@ -193,12 +213,16 @@ def _row(raw: Mapping[str, Any], *, place: str) -> _Row:
     absent = [key for key in REQUIRED if raw.get(key) is None]
     if absent:
         keys = ", ".join((*REQUIRED, *OPTIONAL))
-        raise DataError(Problem(place, absent[0], "", "is missing", f"a row has {keys}; the last four if known"))
+        found = "null" if absent[0] in raw else ""
+        raise DataError(Problem(place, absent[0], found, "is missing", f"a row has {keys}; the last four if known"))
+    end = str(raw.get("end") or "")
+    if end and end not in list(EndState):
+        raise DataError(Problem(place, "end", repr(end[:60]), f"must be one of {', '.join(EndState)}"))
     return _Row(
         str(raw["trial"]), str(raw.get("loss") or "all"), int(_number(raw, "step", place=place)),
         INVALID if raw["value"] == "" else _number(raw, "value", place=place),
         None if raw.get("seconds") in (None, "") else _number(raw, "seconds", place=place),
-        str(raw.get("baseline")).lower() in ("true", "1"), str(raw.get("end") or ""),
+        str(raw.get("baseline")).lower() in ("true", "1"), end,
     )
 
 

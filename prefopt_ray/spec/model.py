@@ -220,7 +220,7 @@ class SweepSpec(SweepFields):
     # ---- one trial ----
 
     def rung_steps(self, total_steps: int) -> tuple[int, ...]:
-        """Steps where ASHA decides: first rung, times `keep_one_in`, below the stop step. Empty without ASHA.
+        """Steps where the scheduler decides: first rung, times `keep_one_in`, below the stop step. Empty without rungs.
 
         `total_steps` is the full length of the schedule.
         """

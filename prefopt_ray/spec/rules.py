@@ -429,7 +429,7 @@ def _one_judge(judge: JudgeSpec | None) -> Iterator[Finding]:
 def _objective_is_measured(
     objective: ObjectiveSpec, samples: SamplesSpec, scheduler: SchedulerSpec, data: DataSpec, judge: JudgeSpec | None
 ) -> Iterator[Finding]:
-    """An objective on completions needs them wherever ASHA decides, and somebody to judge them there."""
+    """An objective on completions needs them wherever the scheduler decides, and somebody to judge them there."""
     path = ("objective", "metric")
     if objective.metric == "gain":
         return
@@ -438,7 +438,7 @@ def _objective_is_measured(
     if objective.metric == "judge" and (judge is None or judge.at != "rungs"):
         yield Finding(path, "needs a judge at every rung", "add judge: {reward_model: org/model, at: rungs}")
     if not samples.at or (scheduler.has_rungs and RUNGS not in samples.at):
-        rule = f"objective {objective.metric} is measured on sampled completions, and ASHA decides by it at every rung"
+        rule = f"objective {objective.metric} is measured on sampled completions, and the scheduler decides by it at every rung"
         yield Finding(("samples", "at"), rule, "write at: rungs")
 
 

@@ -25,7 +25,7 @@ GOLD = "gold"  # the embedded language: the policy's name and the source of its 
 BANDIT = "bandit"  # likewise the embedded bandit; `data.train.split` names its comparisons
 EMBEDDED = (GOLD, BANDIT)
 AUTO = "auto"  # as much as the data allows
-RUNGS = "rungs"  # in `eval.at` and `samples.at`: the steps where ASHA decides
+RUNGS = "rungs"  # in `eval.at` and `samples.at`: the steps where the scheduler decides
 
 
 def broken(rule: str, fix: str = "") -> PydanticCustomError:

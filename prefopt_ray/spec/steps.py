@@ -30,7 +30,7 @@ def amount_in_steps(amount: int | str, length: int) -> int:
 
 
 def rung_steps(scheduler: SchedulerSpec, total: int, last: int) -> tuple[int, ...]:
-    """Where ASHA decides: the first rung, then times `keep_one_in`, below the last trained step.
+    """Where the scheduler decides: the first rung, then times `keep_one_in`, below the last trained step.
 
     Each rung is rounded by itself: 11 x 3 x 3 would put a rung at step 99 of 100.
     """

@@ -7,6 +7,7 @@ made up: rungs are moved to steps that were evaluated. Knows neither Ray nor how
 import heapq
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from difflib import get_close_matches
 from statistics import fmean, stdev
 from typing import NoReturn, get_args
 
@@ -115,7 +116,9 @@ def parse_scheduler(text: str) -> Scheduler:
     """KIND, KIND:PRESET, KIND:FIRST_RUNG/KEEP_ONE_IN, or fixed:STEP. Raises SweepError."""
     kind, _, setting = text.partition(":")
     if kind not in (*SHIPPED, *CANDIDATES):
-        _refuse(text, f"kinds are {', '.join((*SHIPPED, *CANDIDATES))}")
+        near = get_close_matches(kind, (*SHIPPED, *CANDIDATES), n=1)
+        meant = f"; did you mean {near[0]}?" if near else ""
+        _refuse(text, f"kinds are {', '.join((*SHIPPED, *CANDIDATES))}{meant}")
     if kind in ("none", "fixed"):
         wrong = bool(setting) if kind == "none" else not (setting.isdecimal() and int(setting) > 0)
         if wrong:
@@ -268,7 +271,8 @@ def _range(values: Sequence[float]) -> Range:
 
 def replay_lines(tables: Sequence[CurveTable], measured: Sequence[Measured], *, slots: int, orders: int) -> list[str]:
     """What was replayed, one row for each scheduler, and how to read it."""
-    rows = [("scheduler", "rungs", "regret, bits", "in errors", "steps", "time", "best", "baseline", "whole")]
+    regret = "regret, bits" if all(table.objective == "gain" for table in tables) else "regret"
+    rows = [("scheduler", "rungs", regret, "in errors", "steps", "time", "best", "baseline", "whole")]
     rows += [_row(m) for m in measured]
     widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
     return [
@@ -293,7 +297,10 @@ def _table_line(table: CurveTable) -> str:
     cut = f"; left out, since nobody knows how they go on: {left_out}" if left_out else ""
     clock = "seconds as recorded" if table.has_seconds else "time in steps"
     best = max(table.curves, key=lambda curve: curve.score)
-    return f"{table.name}: {len(table.curves)} curves to step {table.last_step}, {clock}, best {best.score:.4f}{cut}"
+    return (
+        f"{table.name}: {len(table.curves)} curves to step {table.last_step}, {clock}, "
+        f"best {table.objective} {best.score:.4f}{cut}"
+    )
 
 
 def _row(measured: Measured) -> tuple[str, ...]:

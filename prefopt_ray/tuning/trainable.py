@@ -40,8 +40,6 @@ class PreferenceTrainable(tune.Trainable):
 
     def setup(self, config: dict[str, Any], open_worker: Callable[[], Worker] | None = None) -> None:
         self._worker = (open_worker or config["open_worker"])()
-        # Where and how its trials are computed: execution plan, process, machine.
-        self._placement = {**self._worker.engine.plan.to_dict(), "pid": os.getpid(), "host": platform.node()}
         self._start(config)
 
     def reset_config(self, new_config: dict[str, Any]) -> bool:
@@ -90,6 +88,10 @@ class PreferenceTrainable(tune.Trainable):
             self._stop = stop_requested(self._folder.parent.parent)
         return self._stop
 
+    def _placement(self) -> dict[str, Any]:
+        """Where and how it is computed: execution plan (complete once a trial has opened), process, machine."""
+        return {**self._worker.engine.plan.to_dict(), "pid": os.getpid(), "host": platform.node()}
+
     def _record_failure(self) -> str:
         text = traceback.format_exc()
         log.error("trial failed: %s", text)
@@ -106,7 +108,7 @@ class PreferenceTrainable(tune.Trainable):
         ended = report is not None and report.end_state is not None
         return {
             "report": report,
-            "placement": json.dumps(self._placement),
+            "placement": json.dumps(self._placement()),
             "paused": paused,
             "failure": failure,
             "done": bool(ended or held or paused or failure),

@@ -5,6 +5,7 @@ rounding depends on model and lengths: the limit is what the plain engine differ
 otherwise, SPREAD times, since a maximum over few steps is itself uncertain.
 """
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from itertools import combinations
@@ -63,12 +64,17 @@ class Comparison:
 
 
 def compare_all(arms: Sequence[Arm], limits: dict[str, Limit]) -> tuple[Comparison, ...]:
+    """Every arm with every later one."""
     return tuple(compare(first, second, limits) for first, second in combinations(arms, 2))
 
 
 def compare(first: Arm, second: Arm, limits: dict[str, Limit]) -> Comparison:
     """Every step must be there in both and finite: an arm that ended early or broke is beyond every limit."""
     columns = {"loss": _losses, "grad_norm": _norms, "logps": _logps}
+    made = min(len(first.steps), len(second.steps))
+    if made < max(len(first.steps), len(second.steps)):
+        missing = (Difference(name, math.inf, math.inf, math.inf, made + 1) for name in columns)
+        return Comparison(first.name, second.name, tuple(missing))
     return Comparison(first.name, second.name, tuple(
         _largest(name, column(first, second), limits[name]) for name, column in columns.items()
     ))
@@ -88,18 +94,18 @@ def measured_limits(spread: Comparison, *, dtype: str) -> dict[str, Limit]:
 
 
 def _losses(first: Arm, second: Arm) -> list[tuple[np.ndarray, np.ndarray]]:
-    return [(np.array([a.loss]), np.array([b.loss])) for a, b in zip(first.steps, second.steps)]
+    return [(np.array([a.loss]), np.array([b.loss])) for a, b in zip(first.steps, second.steps, strict=True)]
 
 
 def _norms(first: Arm, second: Arm) -> list[tuple[np.ndarray, np.ndarray]]:
-    return [(np.array([a.grad_norm]), np.array([b.grad_norm])) for a, b in zip(first.steps, second.steps)]
+    return [(np.array([a.grad_norm]), np.array([b.grad_norm])) for a, b in zip(first.steps, second.steps, strict=True)]
 
 
 def _logps(first: Arm, second: Arm) -> list[tuple[np.ndarray, np.ndarray]]:
     """Pair by pair where both know them, else means over the step."""
     return [
         (a.logps, b.logps) if a.logps.shape == b.logps.shape else (a.means, b.means)
-        for a, b in zip(first.steps, second.steps)
+        for a, b in zip(first.steps, second.steps, strict=True)
     ]
 
 

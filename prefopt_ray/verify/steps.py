@@ -1,5 +1,6 @@
 """`verify_steps`: the baseline's first steps through every engine that serves the model, and TRL; and the verdict."""
 
+import logging
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 
@@ -18,9 +19,11 @@ from prefopt_ray.verify.differences import (
     compare_all,
     measured_limits,
 )
-from prefopt_ray.verify.trl_arm import obstacle, trl_arm
+from prefopt_ray.verify.trl_arm import TRL, obstacle, trl_arm
 
 SINGLE = "plain, one pair a pass"
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -60,19 +63,26 @@ def verify_steps(spec: SweepSpec, *, steps: int, stage: Callable[[str], Progress
     """
     prepared = prepare_here(spec, stage=stage)
     config = verified_config(prepared, steps)
+    halved = prepared.blueprint.model.dtype != "float32"
+    count = 4 if halved else 3  # arms: two of ours, plain against itself, TRL
     progress = stage("engines")
-    arms, left_out = _our_arms(prepared, config, progress)
+    arms, left_out = _our_arms(prepared, config, done=lambda arm: progress(arm, count))
     spread = None
-    if prepared.blueprint.model.dtype != "float32":
+    if halved:
         plain = next(arm for arm in arms if arm.name == PLAIN)
         single = replace(config, training=replace(config.training, micro_batch_pairs=1))
         spread = compare(plain, engine_arm(SINGLE, _asked(PLAIN), prepared, single), FLOAT32)
+        progress(3, count)
     reason = obstacle(config)
+    if not reason:
+        try:
+            arms.append(trl_arm(prepared, config))
+        except Exception as error:  # noqa: BLE001 - whatever TRL dies of, our engines' comparison stands
+            log.info("TRL failed", exc_info=True)
+            reason = f"it failed with {type(error).__name__}: {(str(error).strip().splitlines() or [''])[0]}"
     if reason:
-        left_out["trl"] = reason
-    else:
-        arms.append(trl_arm(prepared, config))
-    progress(3, 3)
+        left_out[TRL] = reason
+    progress(count, count)
     limits = measured_limits(spread, dtype=prepared.blueprint.model.dtype) if spread else FLOAT32
     return Verification(
         config, prepared.blueprint.device, prepared.blueprint.model.dtype, tuple(arms), compare_all(arms, limits),
@@ -89,9 +99,11 @@ def verified_config(prepared: Prepared, steps: int) -> TrialConfig:
     )
 
 
-def _our_arms(prepared: Prepared, config: TrialConfig, progress: Progress) -> tuple[list[Arm], dict[str, str]]:
+def _our_arms(
+    prepared: Prepared, config: TrialConfig, *, done: Callable[[int], None]
+) -> tuple[list[Arm], dict[str, str]]:
     """Flat and plain; where the model is not served flat, plain and one row for each completion."""
-    progress(0, 3)
+    done(0)
     arms, left_out = [], {}
     choice = prepared.blueprint.choice
     if choice.engine == FLAT:
@@ -100,12 +112,12 @@ def _our_arms(prepared: Prepared, config: TrialConfig, progress: Progress) -> tu
             arms.append(arm)
         else:  # the loaded model turned out not to take flat batches
             choice = EngineChoice(PLAIN, arm.plan.reason)
-    progress(1, 3)
+    done(1)
     arms.append(engine_arm(PLAIN, _asked(PLAIN), prepared, config))
-    progress(2, 3)
     if choice.engine != FLAT:
         left_out[FLAT] = choice.reason
         arms.append(engine_arm(ROWS, _asked(ROWS), prepared, config))
+    done(2)
     return arms, left_out
 
 

@@ -55,8 +55,6 @@ def obstacle(config: TrialConfig) -> str:
         return f"TRL {VERSION} has no setting for {', '.join(sorted(set(config.loss_params) - set(PARAMETERS)))}"
     if config.adapter.kind == "qlora":
         return f"TRL {VERSION} rounds the adapters of a 4-bit base to bfloat16, here they are float32"
-    if config.adapter.kind == "qlora":
-        return "on a base in 4 bits its adapters have another precision"
     if config.training.optimizer.kind != "adamw":
         return f"its {config.training.optimizer.kind} is set up in another way"
     return ""

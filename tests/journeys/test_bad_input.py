@@ -75,6 +75,10 @@ def refusal(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
         (("run", "mine.yaml", "--storage", "pairs.jsonl/x"), ("storage", "pairs.jsonl", "name a folder")),
         (("pairs", "mine.yaml", "--storage", "x" * 300), ("storage", "File name too long")),
         (("pairs", "mine.yaml", "--set", "storage=pairs.jsonl"), ("mine.yaml storage", "is a file")),
+        (("replay", "curves.csv"), ("TABLE: got 'curves.csv'; no such file", "a table of curves, or a sweep")),
+        (("replay", "mine.yaml"), ("mine.yaml: got mine.yaml; a table of curves is a .csv or .jsonl file",)),
+        (("plan", "mine.yaml", "--set", "data.train.source=none.jsonl"), ("none.jsonl",)),
+        (("verify", "mine.yaml", "--set", "resources.gpus_per_trial=1"), ("gpus_per_trial", "torch sees no GPU here")),
     ],
 )  # fmt: skip
 def test_a_misused_command_says_what_is_wrong(home, capsys, arguments, fragments):
@@ -91,7 +95,7 @@ def test_a_sweep_that_is_not_there_is_named_with_those_that_are(home, capsys, co
     assert "sweeps there: none" in said or "prefopt list" in said
 
 
-@pytest.mark.parametrize("command", ["run", "pairs", "train"])
+@pytest.mark.parametrize("command", ["run", "pairs", "train", "plan", "verify"])
 def test_a_wrong_spec_is_refused_before_anything_heavy_is_imported(tmp_path, command):
     (tmp_path / "bad.yaml").write_text("name: [")
     program = (

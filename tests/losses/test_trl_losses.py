@@ -16,16 +16,14 @@ from torch import Tensor
 from prefopt_ray.losses.cards import find_card
 from prefopt_ray.losses.formulas import loss_function
 from prefopt_ray.losses.stats import PairStats
+from prefopt_ray.verify.trl_arm import DIVERGENCES, LOSSES
 
 trl = pytest.importorskip("trl", reason="TRL is a test-only dependency: pip install -e '.[test]'")
 
 # ours -> TRL's loss_type. Batch-scope losses agree because here the micro-batch is the batch.
-SAME = {
-    "sigmoid": "sigmoid", "hinge": "hinge", "ipo_mean": "ipo", "robust": "robust", "sigmoid_norm": "sigmoid_norm",
-    "exo": "exo_pair", "nca": "nca_pair", "bco": "bco_pair", "sppo": "sppo_hard", "aot": "aot",
-    "aot_unpaired": "aot_unpaired", "apo_zero": "apo_zero", "apo_down": "apo_down", "discopop": "discopop",
-}  # fmt: skip
-LINKS = {"forward_kl": "forward_kl", "js": "js_divergence", "alpha": "alpha_divergence"}
+# `prefopt verify` relies on it; beside its own, one whose running mean TRL keeps otherwise over several steps.
+SAME = {**LOSSES, "bco": "bco_pair"}
+LINKS = DIVERGENCES
 LINKED = ("sigmoid", "sigmoid_norm", "hinge", "ipo_mean", "exo", "robust", "discopop")
 
 

@@ -2,14 +2,16 @@
 
 import json
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
-import torch
 from journeys.journey import write_pairs
 from tiny import save_chat_model
 
+from prefopt_ray.engine.batches import shared_lengths
 from prefopt_ray.engine.local import LocalEngine
+from prefopt_ray.plan import memory
 from prefopt_ray.plan.estimate import SweepPlan, estimate
 from prefopt_ray.plan.lines import plan_json, plan_lines
 from prefopt_ray.plan.memory import Gauge, Room, room
@@ -17,7 +19,7 @@ from prefopt_ray.plan.probe import LIBRARIES, Probe, probe
 from prefopt_ray.prepare import Prepared, prepare
 from prefopt_ray.spec import SweepSpec
 from prefopt_ray.train.schedule import batch_indices
-from prefopt_ray.tuning.planning import dearest_config
+from prefopt_ray.tuning.planning import added_passes, dearest_config
 
 GIB = 2**30
 
@@ -51,6 +53,31 @@ def test_the_dearest_loss_is_probed(prepared: Prepared) -> None:
     assert dearest_config(prepared).loss == "aot"  # it goes over a step's pairs twice
 
 
+def test_data_and_stored_references_cost_no_pass() -> None:
+    dearest_first = ["tdpo", "aot", "wpo", "rebel"]  # tdpo reads whole distributions, wpo squares of probabilities
+    assert sorted(dearest_first, key=added_passes, reverse=True) == dearest_first
+    assert [added_passes(loss) for loss in ("sigmoid", "rebel", "ld_dpo", "simpo")] == [0, 0, 0, 0]
+
+
+def test_a_container_has_what_its_limit_leaves(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    limit, used = tmp_path / "memory.max", tmp_path / "memory.current"
+    monkeypatch.setattr(memory, "_CGROUPS", ((limit, used), (tmp_path / "none", tmp_path / "none")))
+    limit.write_text("max\n")
+    used.write_text(f"{GIB}\n")
+    unlimited = room("cpu")
+    limit.write_text(f"{GIB + GIB // 2}\n")
+    held = room("cpu")
+    own = memory.peak_bytes("cpu")
+    assert held.total == GIB + GIB // 2 < unlimited.total
+    assert held.available == pytest.approx(GIB // 2 + own - 0.05 * held.total, abs=2)
+
+
+def test_a_judge_inside_trials_is_said_to_be_untimed(prepared: Prepared, measured: Probe) -> None:
+    plan = planned(prepared, measured)
+    assert not plan.judged and "judge" not in " ".join(plan_lines(plan))
+    assert "judge" in " ".join(plan_lines(replace(plan, judged=True)))
+
+
 def test_the_widest_micro_batch_is_found_among_the_trials_own(prepared: Prepared, measured: Probe) -> None:
     data, config = prepared.loaded.data.train, dearest_config(prepared)
     sizes = []
@@ -67,9 +94,14 @@ def test_the_time_of_a_trial_is_the_sum_of_what_it_does(prepared: Prepared, meas
     assert plan.trial.training == 60 and plan.trial.samples == 3 * len(evaluation.sample_steps)
     assert plan.trial.select == pytest.approx(0.01 * select * (len(evaluation.steps) - 1))
     assert plan.trial.checkpoints == 0.5 * len(evaluation.steps)
+    train, held = (shared_lengths(part) for part in (prepared.loaded.data.train, prepared.loaded.data.select))
+    probed = min(evaluation.probe_pairs, len(train)) * len(evaluation.steps)
+    assert plan.trial.probe == pytest.approx(0.01 * probed * train.mean() / held.mean())
     shares = (plan.trial.select + plan.trial.probe + plan.trial.samples) / plan.trial.total
     assert plan.trial.evaluating_share == pytest.approx(shares)
     rounds = -(-plan.trials // 2)
+    tokens = sum(shared_lengths(part).sum() for part in prepared.loaded.data.parts.values())
+    assert plan.reference_s == pytest.approx(0.01 * tokens / held.mean())
     assert plan.sweep_s == pytest.approx(plan.reference_s + measured.open_s + rounds * plan.trial.total)
 
 
@@ -104,9 +136,8 @@ def test_the_words_fit_80_columns_and_name_what_a_person_asks(prepared: Prepared
     assert document["memory_bytes"]["trial"] == measured.peak and document["steps"] == 30
 
 
-def test_a_probe_leaves_no_trace_of_itself(prepared: Prepared, measured: Probe) -> None:
-    assert not (prepared.spec.storage / "cache" / "reference").exists()
-    assert measured.plan.engine == "flat" and torch.get_num_threads() == 1
+def test_a_probe_computes_as_a_trial_does(prepared: Prepared, measured: Probe) -> None:
+    assert measured.plan.engine == "flat" and measured.plan.threads == prepared.blueprint.threads == 1
 
 
 def test_forward_tokens_count_padding_where_there_is_some(prepared: Prepared) -> None:

@@ -155,7 +155,48 @@ def test_a_sweep_is_a_table_and_trials_that_were_cut_are_left_out_and_counted(tm
     cut = read_table(tmp_path)
     assert [c.trial for c in cut.curves] == ["0000", "0001"] and cut.left_out == {"stopped_early": 1}
     said = replay_lines([cut], [one(cut, "none")], slots=1, orders=5)
+    assert cut.objective == "gain" and "regret, bits" in "".join(said)
     assert "left out, since nobody knows how they go on: 1 stopped_early" in said[0]
+
+
+def test_a_trial_that_its_own_guard_ended_early_is_whole(tmp_path: Path) -> None:
+    from prefopt_ray.results.ledger import LEDGER_FILE
+
+    write_sweep(tmp_path, {"0000": 0.5, "0001": 0.8})
+    ledger = tmp_path / LEDGER_FILE
+    text = ledger.read_text().replace(f'"{EndState.COMPLETED}"', f'"{EndState.STOPPED_EARLY}"')
+    ledger.write_text(text)
+    with pytest.raises(DataError, match="2 stopped_early"):
+        read_table(tmp_path)
+    ledger.write_text(text.replace('"end_state": null', f'"end_state": "{EndState.STOPPED_EARLY}"'))  # in its reports
+    assert len(read_table(tmp_path).curves) == 2
+
+
+def test_an_objective_that_is_no_gain_has_no_error_in_bits(tmp_path: Path) -> None:
+    from prefopt_ray.results.ledger import LEDGER_FILE
+
+    write_sweep(tmp_path, {"0000": 0.5, "0001": 0.8})
+    ledger = tmp_path / LEDGER_FILE
+    text = ledger.read_text().replace('"eval/rewards/accuracy": 0.6', '"eval/gain_se": 0.6')
+    ledger.write_text(text)
+    assert read_table(tmp_path).error == 0.6
+    ledger.write_text(text.replace('"objective": "eval/gain"', '"objective": "judge/win_lcb"'))
+    table = read_table(tmp_path)
+    assert table.objective == "judge/win_lcb" and table.error is None
+    said = replay_lines([table], [one(table, "none")], slots=1, orders=5)
+    assert "best judge/win_lcb 0." in said[0] and "bits" not in "".join(said)
+
+
+def test_a_spreadsheet_s_byte_order_mark_is_no_part_of_a_column(tmp_path: Path) -> None:
+    rows = "trial,step,value\na,1,0.1\nb,1,0.2\n"
+    (tmp_path / "table.csv").write_text(rows, encoding="utf-8-sig")
+    assert len(read_table(tmp_path / "table.csv").curves) == 2
+
+
+def test_a_file_that_is_no_table_is_told_what_is_one(tmp_path: Path) -> None:
+    (tmp_path / "spec.yaml").write_text("name: mine\n")
+    with pytest.raises(DataError, match=r"a table of curves is a \.csv or \.jsonl file"):
+        read_table(tmp_path / "spec.yaml")
 
 
 def test_a_plain_table_is_read_with_its_best_so_far(tmp_path: Path) -> None:
@@ -179,6 +220,10 @@ def test_a_plain_table_is_read_with_its_best_so_far(tmp_path: Path) -> None:
     ("[1]", "must be one JSON object"),
     ('{"trial": "a", "step": 1, "value": 1}\n{"trial": "a", "step": 1, "value": 2}', "twice at one step"),
     ('{"trial": "a", "step": 1, "value": 1}', "compares at least two"),
+    ('{"trial": "a", "step": 1, "value": null}', "value: got null; is missing"),
+    ('{"trial": "a", "step": 1, "value": 1, "end": "finished"}', "end: got 'finished'; must be one of completed"),
+    ('{"trial": "a", "step": 1, "value": 1, "seconds": 9}\n{"trial": "a", "step": 2, "value": 1, "seconds": 8}',
+     "fewer at a later step"),
     ("\n".join(f'{{"trial": "{t}", "step": 1, "value": 1, "baseline": true}}' for t in "ab"), "at most one"),
 ])
 def test_a_table_that_says_nothing_sure_is_refused(text: str, said: str, tmp_path: Path) -> None:
@@ -190,8 +235,9 @@ def test_a_table_that_says_nothing_sure_is_refused(text: str, said: str, tmp_pat
 
 @pytest.mark.parametrize("text", ["asah", "asha:quick", "asha:10%", "asha:0%/3", "asha:10%/1", "fixed", "none:1"])
 def test_a_scheduler_that_is_none_is_refused_with_those_that_are(text: str) -> None:
-    with pytest.raises(SweepError, match="--scheduler"):
+    with pytest.raises(SweepError, match="--scheduler") as refused:
         parse_scheduler(text)
+    assert ("did you mean asha?" in str(refused.value)) == (text == "asah")
 
 
 def test_a_rule_of_ones_own_is_played_like_the_shipped_ones() -> None:
@@ -234,5 +280,5 @@ def test_the_command_prints_a_table_or_json(tmp_path: Path, capsys: pytest.Captu
     assert lockstep["rungs"] == [[1, 3]]
     assert main(arguments) == 0
     out = capsys.readouterr().out
-    assert "table: 9 curves to step 9, time in steps, best 0.8000" in out and "26% [26%, 26%]" in out
+    assert "table: 9 curves to step 9, time in steps, best objective 0.8000" in out and "26% [26%, 26%]" in out
     assert main(["replay", str(tmp_path / "none")]) == 2

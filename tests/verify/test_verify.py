@@ -105,6 +105,14 @@ def test_a_nan_is_beyond_every_limit() -> None:
     assert not compare(sound, broken, FLOAT32).within
 
 
+def test_an_arm_that_ended_early_is_beyond_every_limit() -> None:
+    step = VerifiedStep(1.0, 1.0, np.ones((2, 2)))
+    for made in (0, 1):
+        compared = compare(Arm("a", (step, step)), Arm("b", (step,) * made), FLOAT32)
+        assert not any(difference.within for difference in compared.differences)
+        assert {difference.worst_step for difference in compared.differences} == {made + 1}
+
+
 def test_no_spread_is_smaller_than_float32s_limit() -> None:
     same = Arm("a", (VerifiedStep(1.0, 1.0, np.ones((2, 2))),))
     limits = measured_limits(compare(same, same, FLOAT32), dtype="bfloat16")

@@ -15,7 +15,7 @@ from transformers import PreTrainedModel
 from prefopt_ray.engine.agreement import disagreement
 from prefopt_ray.engine.batches import Batch, shared_lengths
 from prefopt_ray.engine.flat.attention import NAME, flat_attention_in
-from prefopt_ray.engine.flat.head import FrozenHeadLogps
+from prefopt_ray.engine.flat.head import FrozenHeadLogps, chunk_bytes
 from prefopt_ray.engine.flat.layout import flat_pairs, flat_sequences
 from prefopt_ray.engine.flat.lora import use_two_passes
 from prefopt_ray.engine.local import LocalEngine
@@ -45,6 +45,9 @@ class FlatEngine(LocalEngine):
     def _prepare_adapters(self) -> None:
         if self._slots.peft is not None:
             use_two_passes(self._slots.peft)
+
+    def _logits_bytes(self) -> int:
+        return max(super()._logits_bytes(), chunk_bytes(self._model.get_output_embeddings().weight))
 
     def _lengths(self, pairs: PairTokens) -> np.ndarray:
         return shared_lengths(pairs)

@@ -13,6 +13,12 @@ from torch.autograd.function import once_differentiable
 CHUNK_ROWS = {"cpu": 512, "cuda": 2_048}
 
 
+def chunk_bytes(weight: Tensor) -> int:
+    """What a chunk of logits takes at most: in the head's own type and in float32; `weight` is (V, d)."""
+    sizes = {weight.dtype.itemsize, _wide(weight.dtype).itemsize}
+    return _chunk_rows(weight.device) * weight.shape[0] * sum(sizes)
+
+
 class FrozenHeadLogps(torch.autograd.Function):
     """(N,) float32 log-probs of `targets`, differentiable in the hidden states only."""
 
@@ -23,7 +29,7 @@ class FrozenHeadLogps(torch.autograd.Function):
         """states (N, d), weight (V, d), bias (V,) or None, targets (N,) int64."""
         logps = torch.empty(len(states), dtype=_wide(states.dtype), device=states.device)
         slopes = torch.empty_like(states) if ctx.needs_input_grad[0] else None
-        chunk = CHUNK_ROWS.get(states.device.type, CHUNK_ROWS["cpu"])
+        chunk = _chunk_rows(states.device)
         for start in range(0, len(states), chunk):
             span = slice(start, start + chunk)
             logits = torch.nn.functional.linear(states[span], weight, bias).to(logps.dtype)  # (n, V)
@@ -43,6 +49,10 @@ class FrozenHeadLogps(torch.autograd.Function):
     def backward(ctx: torch.autograd.function.FunctionCtx, grad: Tensor) -> tuple[Tensor | None, ...]:
         (slopes,) = ctx.saved_tensors
         return grad[:, None].to(slopes.dtype) * slopes, None, None, None
+
+
+def _chunk_rows(device: torch.device) -> int:
+    return CHUNK_ROWS.get(device.type, CHUNK_ROWS["cpu"])
 
 
 def _wide(dtype: torch.dtype) -> torch.dtype:
