@@ -1,6 +1,7 @@
 """What benchmarks count, summarise and keep: a wrong formula there makes every published number wrong."""
 
 import sys
+import time
 from pathlib import Path
 
 import numpy as np
@@ -12,6 +13,7 @@ from benchmarks.model_shapes import MODELS, ModelShape, random_model
 from benchmarks.pair_lengths import SHAPES, LengthShape, padding_factor, pair_lengths, random_pairs
 from benchmarks.parity import FLOAT32, Difference, float32_limits, largest_relative
 from benchmarks.process_tree import spent_by
+from benchmarks.sweep import Clock, OutOfTimeError
 from benchmarks.timing import paired_ratio
 
 TOY = ModelShape("toy", layers=2, hidden=4, intermediate=6, heads=2, kv_heads=1, vocabulary=10)
@@ -202,3 +204,10 @@ def test_a_command_that_fails_says_how_it_ended(tmp_path: Path) -> None:
     command = [sys.executable, "-c", "raise SystemExit('no such model')"]
     with pytest.raises(RuntimeError, match="no such model"):
         spent_by(command, cwd=tmp_path, log=tmp_path / "log", env={})
+
+
+def test_a_sweep_begins_nothing_that_would_end_too_late() -> None:
+    clock = Clock(0.3)
+    assert clock.timed(lambda: {"done": time.sleep(0.2) is None}) == {"done": True}
+    with pytest.raises(OutOfTimeError):
+        clock.timed(dict)

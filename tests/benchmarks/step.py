@@ -1,6 +1,6 @@
 """One optimizer step: our engine against TRL's DPOTrainer, the same weights, rows, order and threads.
 
-    python tests/benchmarks/step.py [--shape hh ...] [--model small-8k ...] [--rounds 3] [--json FILE]
+    python tests/benchmarks/step.py [--shape hh ...] [--model small-8k ...] [--rounds 3] [--json FILE] [--out DIR]
     python tests/benchmarks/step.py --device cuda --model qwen2.5-0.5b --shape hh 512-256
 
 Before any timing, losses and gradient norms of some steps must agree; if they do not, nothing is timed and the exit
@@ -17,6 +17,8 @@ import sys
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
+from itertools import product
 from pathlib import Path
 from statistics import median
 
@@ -28,11 +30,12 @@ import torch  # noqa: E402
 
 from benchmarks import trl_arm  # noqa: E402
 from benchmarks.flops import PaddedStep, necessary_flops, padded_flops  # noqa: E402
+from benchmarks.kept_runs import KeptRuns, OtherSettings  # noqa: E402
 from benchmarks.model_shapes import MODELS, ModelShape, random_model  # noqa: E402
 from benchmarks.pair_lengths import SHAPES, LengthShape, padding_factor, pair_lengths, random_pairs  # noqa: E402
 from benchmarks.parity import Difference, Limits, float32_limits, largest_relative  # noqa: E402
 from benchmarks.step_arms import RANK, OurArm, StepArm, StepRun, TrlArm, Workbench, row_order, step_trial  # noqa: E402
-from benchmarks.timing import machine, matmul_peak, paired_ratio  # noqa: E402
+from benchmarks.timing import machine, matmul_peak, paired_ratio, versions  # noqa: E402
 
 OURS, PLAIN = "prefopt auto", "prefopt plain"
 # In bfloat16 a run differs from itself when its batches are cut otherwise; some more than that is still rounding.
@@ -54,11 +57,20 @@ def main() -> int:
     device = torch.device(options.device)
     torch.set_num_threads(options.threads)
     trl_arm.quiet()
+    settings = {
+        "device": options.device, "threads": options.threads, "rounds": options.rounds, "steps": options.steps,
+        "versions": dict(versions()),
+    }
+    try:
+        kept = KeptRuns.open(options.out, settings) if options.out else None
+    except OtherSettings as error:
+        print(error, file=sys.stderr)
+        return 2
     results = []
-    for model in options.model:
-        for shape in options.shape:
-            results.append(_measure(MODELS[model], SHAPES[shape], device, options))
-            print(_table(results[-1]), flush=True)
+    for model, shape in product(options.model, options.shape):
+        make = partial(_measure, MODELS[model], SHAPES[shape], device, options)
+        results.append(kept.get_or_make(f"{model}-{shape}", make) if kept else make())
+        print(_table(results[-1]), flush=True)
     void = any(result["void"] for result in results)
     line = json.dumps({"benchmark": "step", "void": void, "machine": machine(device), "results": results})
     if options.json:
@@ -241,6 +253,7 @@ def _options() -> argparse.Namespace:
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     parser.add_argument("--json", type=Path, help="write the JSON line there too")
+    parser.add_argument("--out", type=Path, help="keep finished shapes there: a second start makes only what is missing")
     options = parser.parse_args()
     options.steps = options.steps or (21 if options.device == "cuda" else 5)
     if options.steps < 2 or options.rounds < 1:

@@ -1,12 +1,13 @@
 """A sweep from its command to its answer: ours against Ray Tune with TRL, default and tuned.
 
-    python tests/benchmarks/sweep.py --data hh [--rounds 3] [--out DIR]
+    python tests/benchmarks/sweep.py --data hh [--rounds 3] [--minutes 40] [--out DIR]
     PREFOPT_TEST_DATA=DIR python tests/benchmarks/sweep.py --data sharegpt
 
 8 trials of a small random model on two cores, the same stop steps for all; start-up, reference pass and evaluations
 included. Our arm is `prefopt run` in a fresh process, with its ledger, checkpoints, MLflow runs and scores on the test
 part; the others keep nothing. Finished runs stay in --out, and a second start makes only what is missing. The trials'
-evaluations must agree at every step, or the numbers are void and the exit code is 1.
+evaluations must agree at every step, or the numbers are void and the exit code is 1. A run that would not be done
+after --minutes is not begun: start the command again (exit code 75 says so).
 """
 
 import argparse
@@ -16,6 +17,7 @@ import random
 import signal
 import sys
 import tempfile
+import time
 from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
@@ -40,6 +42,7 @@ OURS = "prefopt"
 ARMS = (OURS, TUNED, DEFAULT)
 LARGEST_DIFFERENCE = 1e-4  # relative, of losses and mean log-probs at equal steps
 LEAST_TRAINING = 0.4  # of an arm's time; below it start-up is measured, not training
+CONTINUE = 75  # exit code: not done, start again
 COMPARED = ("loss", "logps/chosen", "logps/rejected")
 ROOT = Path(__file__).parents[2]
 
@@ -59,8 +62,13 @@ def main() -> int:
     material = options.out / "material"
     kept.get_or_make("material", lambda: _made(options.data, material, steps=options.steps))
     rounds: list[Mapping[str, Run]] = []
+    clock = Clock(60 * options.minutes)
     for number in range(options.rounds):
-        rounds.append(_round(number, kept, material))
+        try:
+            rounds.append(_round(number, kept, material, clock=clock))
+        except OutOfTimeError:
+            print(f"{options.minutes} minutes are over; start again, what is finished stays in {options.out}")
+            return CONTINUE
         void = _disagreements(rounds[-1])
         if void:
             print("\n".join(["the arms did not compute the same; no times:", *void]), file=sys.stderr)
@@ -83,7 +91,27 @@ def _made(data: str, material: Path, *, steps: int) -> Run:
     return {"data": data, "batch_pairs": BATCH_PAIRS[data]}
 
 
-def _round(number: int, kept: KeptRuns, material: Path) -> dict[str, Run]:
+class OutOfTimeError(RuntimeError):
+    """The next run would not be done in time."""
+
+
+class Clock:
+    """How long the command has run, and whether another run like the longest so far still fits."""
+
+    def __init__(self, limit_s: float) -> None:
+        self._end, self._longest = time.monotonic() + limit_s, 0.0
+
+    def timed(self, make: Callable[[], Run]) -> Run:
+        """What `make` gives. Raises OutOfTimeError instead of beginning too late."""
+        began = time.monotonic()
+        if began + self._longest > self._end:
+            raise OutOfTimeError
+        made = make()
+        self._longest = max(self._longest, time.monotonic() - began)
+        return made
+
+
+def _round(number: int, kept: KeptRuns, material: Path, *, clock: Clock) -> dict[str, Run]:
     """Every arm once, in an order drawn per round, beside the matrix-multiply peak."""
     makers: dict[str, Callable[[Path], Run]] = {
         OURS: lambda folder: _ours(material, folder),
@@ -97,7 +125,8 @@ def _round(number: int, kept: KeptRuns, material: Path) -> dict[str, Run]:
     for name in random.Random(number).sample(ARMS, len(ARMS)):
         run_name = f"round{number}-{name.replace(' ', '-')}"
         fresh = not kept.has(run_name)
-        run = runs[name] = kept.get_or_make(run_name, partial(_in_fresh_folder, makers[name]))
+        make = partial(clock.timed, partial(_in_fresh_folder, makers[name]))
+        run = runs[name] = kept.get_or_make(run_name, make)
         print(f"round {number + 1}, {name}: {run['wall_s']:.0f} s on the wall, {run['cpu_s']:.0f} CPU seconds"
               f"{'' if fresh else ' (kept)'}", flush=True)
     return runs
@@ -227,6 +256,7 @@ def _options() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", choices=BATCH_PAIRS, default="hh")
     parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--minutes", type=float, default=40, help="begin nothing that would end later (default: 40)")
     parser.add_argument("--steps", type=int, default=STEPS, help="of the longest trials")
     parser.add_argument("--out", type=Path, help="where finished runs are kept (default: benchmark-sweep-DATA)")
     options = parser.parse_args()
