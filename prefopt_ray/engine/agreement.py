@@ -55,14 +55,16 @@ def disagreement(
     lay_out: Callable[[PairTokens], Batch],
     *,
     within: AbstractContextManager = nullcontext(),
+    autocast: torch.dtype | None = None,
 ) -> str:
     """How the hidden states at the completions' positions, computed `within`, differ from those of one row per
-    completion; empty when they are the same to rounding.
+    completion; empty when they are the same to rounding. Both are computed as training will: under `autocast`, if any.
 
     A model that cannot take the layout's inputs at all does not agree either. Raises torch.OutOfMemoryError.
     """
     pair = example_pair(prompt=5, chosen=6, rejected=4, vocabulary=model.get_input_embeddings().weight.shape[0])
-    with torch.inference_mode():
+    precision = torch.autocast(model.device.type, autocast) if autocast else nullcontext()
+    with torch.inference_mode(), precision:
         expected = _hidden(decoder, pair_rows(pair, pad_id=0, device=model.device))
         try:
             with within:
@@ -73,7 +75,8 @@ def disagreement(
             return f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0]}"
     largest = expected.abs().max()
     apart = float(((found - expected).abs().max() / largest).nan_to_num(nan=float("inf")))
-    allowed = ROUNDINGS.get(expected.dtype, ROUNDINGS[torch.float32]) * torch.finfo(expected.dtype).eps
+    dtype = autocast or expected.dtype
+    allowed = ROUNDINGS.get(dtype, ROUNDINGS[torch.float32]) * torch.finfo(dtype).eps
     return "" if apart <= allowed else f"hidden states differ by {apart:.1g} of the largest, rounding by {allowed:.1g}"
 
 

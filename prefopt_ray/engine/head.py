@@ -13,8 +13,17 @@ from prefopt_ray.engine.batches import Batch
 
 Head = Callable[[Tensor], Tensor]  # (n, d) hidden -> (n, V) logits
 
-CHUNK_ELEMENTS = 2**25  # logits held at once; 128 MiB in float32
-CHUNK_BYTES = 3 * 4 * CHUNK_ELEMENTS  # what a chunk takes at most: logits, their softmax, their gradient
+# Logits held at once: 128 MiB in float32 beside a CPU's cache, 1 GiB on a GPU, which must not wait for small products.
+CHUNK_ELEMENTS = {"cpu": 2**25, "cuda": 2**28}
+
+
+def chunk_elements(device: torch.device) -> int:
+    return CHUNK_ELEMENTS.get(device.type, CHUNK_ELEMENTS["cpu"])
+
+
+def chunk_bytes(device: torch.device) -> int:
+    """What a chunk takes at most: logits, their softmax, their gradient."""
+    return 3 * 4 * chunk_elements(device)
 
 
 def completion_logps(hidden: Tensor, batch: Batch, *, head: Head, vocabulary: int) -> Tensor:
@@ -54,7 +63,7 @@ def divergence_sums(
     reference = reference_hidden.reshape(-1, reference_hidden.shape[-1])[batch.positions]
     kl = torch.zeros(batch.row_count, device=policy.device)
     entropy = torch.zeros_like(kl)
-    chunk = max(1, CHUNK_ELEMENTS // (3 * vocabulary))
+    chunk = max(1, chunk_elements(policy.device) // (3 * vocabulary))
     for start in range(0, len(policy), chunk):
         span = slice(start, start + chunk)
         log_pi = torch.log_softmax(heads[0](policy[span]).float(), dim=-1)  # (n, V)
@@ -70,11 +79,11 @@ def _at_positions(hidden: Tensor, batch: Batch) -> Tensor:
 
 
 def _in_chunks(compute: Callable[..., Tensor], columns: tuple[Tensor, ...], *, vocabulary: int) -> Tensor:
-    """`compute` over rows of the columns, (N,), never holding more than CHUNK_ELEMENTS logits."""
-    rows = len(columns[0])
-    chunk = max(1, CHUNK_ELEMENTS // vocabulary)
+    """`compute` over rows of the columns, (N,), never holding more than a chunk of logits."""
+    rows, most = len(columns[0]), chunk_elements(columns[0].device)
+    chunk = max(1, most // vocabulary)
     # A single small chunk is cheaper to keep than to compute twice.
-    recompute = torch.is_grad_enabled() and rows * vocabulary > CHUNK_ELEMENTS // 8
+    recompute = torch.is_grad_enabled() and rows * vocabulary > most // 8
     pieces = []
     for start in range(0, rows, chunk):
         part = tuple(column[start : start + chunk] for column in columns)

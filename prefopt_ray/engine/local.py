@@ -3,6 +3,7 @@
 How pairs lie in a batch, and what is replaced inside the model while it computes them, is the subclass's.
 """
 
+import logging
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
@@ -12,7 +13,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 from transformers import GenerationConfig, PreTrainedModel
 from transformers.modeling_layers import GradientCheckpointingLayer
@@ -20,7 +21,8 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from prefopt_ray.engine.base import REFERENCE, ReferencedPairs, Samples, StepOutcome, SteppedTrial, pair_stats
 from prefopt_ray.engine.batches import Batch, example_pair, left_padded, ragged, runs_within, scoring_order
 from prefopt_ray.engine.head import (
-    CHUNK_BYTES,
+    Head,
+    chunk_bytes,
     completion_logps,
     divergence_sums,
     reference_divergences,
@@ -28,7 +30,7 @@ from prefopt_ray.engine.head import (
     token_square_sums,
 )
 from prefopt_ray.engine.loading import decoder_and_head
-from prefopt_ray.engine.memory import budget, kept_bytes, tokens_in_memory
+from prefopt_ray.engine.memory import Kept, budget, kept_bytes, tokens_in_memory, training_bytes
 from prefopt_ray.engine.slots import Slot, Slots
 from prefopt_ray.errors import ModelError, Problem
 from prefopt_ray.losses.stats import PairStats
@@ -39,6 +41,10 @@ from prefopt_ray.trial import ExecutionPlan, TrialConfig
 # (4 layers d=256, vocabulary 8,000, one core) took 1.6 ms of CPU per sampled token with 56 rows a step, 2.3 with the 10
 # that a scoring pass would hold, reading them by policy and reference included.
 DRAWN_TOKENS = 16_384
+# Row of the longer pair that memory is measured on: attention that keeps its weights must show.
+MEASURED_TOKENS = 1_024
+
+log = logging.getLogger(__name__)
 
 
 class LocalEngine(ABC):
@@ -69,7 +75,7 @@ class LocalEngine(ABC):
         self._pad_id, self._eos_ids = pad_id, eos_ids
         self._autocast = autocast
         self._decoder, self._head = decoder_and_head(model)
-        self._reference_head: Callable[[Tensor], Tensor] | None = None
+        self._reference_head: Head | None = None
         self._most_kept: int | None = None  # tokens whose activations fit the device; None: not limited
 
     # -- how tokens lie: the subclass's ------------------------------------------------------------
@@ -104,28 +110,54 @@ class LocalEngine(ABC):
             self._measure_memory(slot, config)
 
     def _measure_memory(self, slot: int, config: TrialConfig) -> None:
-        trainable = self._slots[slot].parameters.values()
-        kept = self.kept_bytes_per_token(slot, recompute=config.training.gradient_checkpointing)
-        self._most_kept = tokens_in_memory(
-            self.device, bytes_per_token=kept, trainable=trainable, logits_bytes=self._logits_bytes()
+        kept = self.kept(slot, recompute=config.training.gradient_checkpointing)
+        coming = (
+            kept.constant + training_bytes(self._slots[slot].parameters.values()) + self._logits_bytes()
+            + self._slots.coming_reference_bytes
         )
+        self._most_kept = tokens_in_memory(self.device, bytes_per_token=kept.per_token, coming=coming)
         self.plan = replace(self.plan, micro_batch_tokens=budget(self._most_kept))
 
     def _logits_bytes(self) -> int:
         """What the head holds for a moment, whatever the batch."""
-        return CHUNK_BYTES
+        return chunk_bytes(self.device)
 
-    def kept_bytes_per_token(self, slot: int, *, recompute: bool = False) -> float:
-        """What autograd keeps of a training step's forward pass per token of a batch, in bytes."""
-        pair = example_pair(prompt=256, chosen=64, rejected=64, vocabulary=self.vocabulary)
+    def kept(self, slot: int, *, recompute: bool = False) -> Kept:
+        """What a training step's forward pass keeps; recomputing, with one layer's own at a time."""
+        whole = self._measured(slot, recompute=False)
+        if not recompute:
+            return whole
+        inputs = self._measured(slot, recompute=True)
+        layer = max(0.0, whole.per_token - inputs.per_token) / len(_recomputable_layers(self._model))
+        return replace(inputs, per_token=inputs.per_token + layer)
 
+    def _measured(self, slot: int, *, recompute: bool) -> Kept:
+        short, long = self._measured_pairs()
+        few = self._kept_of(slot, short, recompute=recompute)
+        try:
+            return Kept.of(few, self._kept_of(slot, long, recompute=recompute))
+        except torch.OutOfMemoryError:
+            log.info("no room for a pair of %d tokens: memory is measured on a short one", self._lengths(long)[0])
+        return Kept.of((0, 0), few)
+
+    def _measured_pairs(self) -> tuple[PairTokens, PairTokens]:
+        """A short and a long one that the model has positions for."""
+        longest = min(MEASURED_TOKENS, getattr(self._model.config, "max_position_embeddings", None) or MEASURED_TOKENS)
+        return tuple(
+            example_pair(prompt=4 * row // 5, chosen=row // 5, rejected=row // 5, vocabulary=self.vocabulary)
+            for row in (longest // 4, longest)
+        )
+
+    def _kept_of(self, slot: int, pair: PairTokens, *, recompute: bool) -> tuple[int, int]:
+        """(tokens, bytes): of the decoder as it is measured; of the head two hidden states for every token."""
         def forward() -> Tensor:
             with _recomputed_layers(self._model) if recompute else nullcontext(), self._precision():
-                batch = self._pair_batch(pair)
-                return self._logps(self._model, self._hidden(self._model, batch), batch)
+                return self._hidden(self._model, self._pair_batch(pair))
 
         with self._slots.policy(slot) as model, self._computing(model):
-            return kept_bytes(forward, model.parameters()) / int(self._lengths(pair)[0])
+            tokens = int(self._lengths(pair)[0])
+            states = 2 * tokens * model.get_output_embeddings().weight.shape[-1] * model.dtype.itemsize
+            return tokens, kept_bytes(forward, model.parameters()) + states
 
     def state(self, slot: int) -> dict[str, Tensor]:
         return self._slots.state(slot)
@@ -223,7 +255,7 @@ class LocalEngine(ABC):
             # The reference first: switching adapters must not happen between a forward and its backward.
             with torch.no_grad():
                 extras = self._extras_without_gradient(trial, pairs)
-                reference = self._reference_hidden(batch) if "distribution" in trial.card.needs else None
+                reference = self._reference_reading(batch) if "distribution" in trial.card.needs else None
             with self._precision():
                 hidden = self._hidden(self._model, batch)
                 extras |= self._extras_of_policy(trial.card.needs, hidden, reference, batch=batch)
@@ -237,7 +269,8 @@ class LocalEngine(ABC):
 
     def _recomputes(self, trial: SteppedTrial, pairs: PairTokens) -> bool:
         """Whether layers are computed again in the backward pass: as asked, or because a single pair is too long."""
-        tokens = int(self._lengths(pairs).sum())
+        lengths = self._lengths(pairs)
+        tokens = int(lengths.max() * len(pairs) if self.padded else lengths.sum())
         too_long = self._most_kept is not None and tokens > self._most_kept
         return too_long or trial.config.training.gradient_checkpointing
 
@@ -249,7 +282,7 @@ class LocalEngine(ABC):
         return {"mismatched_drift": drift.mean(1)}
 
     def _extras_of_policy(
-        self, needs: frozenset[str], hidden: Tensor, reference: Tensor | None, *, batch: Batch
+        self, needs: frozenset[str], hidden: Tensor, reference: tuple[Tensor, Head] | None, *, batch: Batch
     ) -> dict[str, Tensor]:
         extras: dict[str, Tensor] = {}
         if "token_sq" in needs:
@@ -257,15 +290,18 @@ class LocalEngine(ABC):
             chosen, rejected = _by_side(row_sums(squares, batch)).unbind(1)
             extras |= {"chosen_token_sq": chosen, "rejected_token_sq": rejected}
         if reference is not None:
-            heads = (self._head, partial(self._logits, REFERENCE))
-            divergences = reference_divergences(hidden, reference, batch, heads=heads, vocabulary=self.vocabulary)
+            reference_hidden, reference_head = reference
+            divergences = reference_divergences(
+                hidden, reference_hidden, batch, heads=(self._head, reference_head), vocabulary=self.vocabulary
+            )
             chosen, rejected = _by_side(row_sums(divergences, batch)).unbind(1)
             extras |= {"chosen_kl": chosen, "rejected_kl": rejected}
         return extras
 
-    def _reference_hidden(self, batch: Batch) -> Tensor:
+    def _reference_reading(self, batch: Batch) -> tuple[Tensor, Head]:
+        """The reference's hidden states, and what makes logits of them."""
         with self._slots.policy(REFERENCE) as model, self._computing(model), self._precision():
-            return self._hidden(model, batch)
+            return self._hidden(model, batch), self._logits_of(REFERENCE)
 
     # -- scoring -----------------------------------------------------------------------------------
 
@@ -290,15 +326,21 @@ class LocalEngine(ABC):
         decoder = self._decoder if model is self._model else model.get_decoder()
         return decoder(input_ids=batch.input_ids, use_cache=False, **batch.model_inputs).last_hidden_state  # (R, T, d)
 
-    def _head_of(self, model: PreTrainedModel) -> Callable[[Tensor], Tensor]:
+    def _head_of(self, model: PreTrainedModel) -> Head:
         if model is self._model:
             return self._head
         if self._reference_head is None:
             self._reference_head = decoder_and_head(model)[1]
         return self._reference_head
 
-    def _logits(self, slot: int, states: Tensor) -> Tensor:
-        """(n, V) under a slot's own head: an adapter may sit on it too."""
+    def _logits_of(self, slot: int) -> Head:
+        """(n, d) -> (n, V) of a slot. Only to an adapter on the head itself must be switched, for every chunk."""
+        with self._slots.policy(slot) as model:
+            if type(model.get_output_embeddings()) is nn.Linear:
+                return self._head_of(model)
+        return partial(self._switched_logits, slot)
+
+    def _switched_logits(self, slot: int, states: Tensor) -> Tensor:
         with self._slots.policy(slot) as model:
             return self._head_of(model)(states)
 
@@ -347,7 +389,7 @@ class LocalEngine(ABC):
                 policy = self._hidden(model, batch)
             with self._slots.policy(REFERENCE) as model, self._computing(model):
                 reference = self._hidden(model, batch)
-            heads = (partial(self._logits, slot), partial(self._logits, REFERENCE))
+            heads = (self._logits_of(slot), self._logits_of(REFERENCE))
             return divergence_sums(policy, reference, batch, heads=heads, vocabulary=self.vocabulary)
 
     def _generate(self, slot: int, prompts: list[np.ndarray], *, max_new_tokens: int, seed: int) -> np.ndarray:
@@ -374,7 +416,7 @@ def _recomputed_layers(model: PreTrainedModel) -> Iterator[None]:
     Not transformers' own switch: it acts on layers in training mode only, which turns on the dropout some
     of them do themselves (OPT), and it takes the cache away from a model that is sampling.
     """
-    layers = [module for module in model.modules() if isinstance(module, GradientCheckpointingLayer)]
+    layers = _recomputable_layers(model)
     if not layers:
         raise ModelError(Problem(
             place=str(model.config._name_or_path), key="training.gradient_checkpointing", found=type(model).__name__,
@@ -387,6 +429,10 @@ def _recomputed_layers(model: PreTrainedModel) -> Iterator[None]:
     finally:
         for layer in layers:
             del layer.forward  # the class's own forward shows again
+
+
+def _recomputable_layers(model: PreTrainedModel) -> list[GradientCheckpointingLayer]:
+    return [module for module in model.modules() if isinstance(module, GradientCheckpointingLayer)]
 
 
 @contextmanager

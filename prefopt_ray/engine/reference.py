@@ -61,7 +61,7 @@ def reference_parts(
     `needs` are those of the losses that will train: what they take of the reference beside the pairs themselves is
     scored with them. Raises ModelError for log-probs that are not finite.
     """
-    scored = _stored(passes := _passes(data, needs), key, cache=cache)
+    scored = _stored(passes := reference_passes(data, needs), key, cache=cache)
     total = sum(len(pairs) for pairs in passes.values())
     done = sum(len(passes[name]) for name in scored)
 
@@ -85,12 +85,12 @@ def stored_parts(
     data: SweepData, key: ReferenceKey, *, cache: Path | None, needs: frozenset[str] = frozenset()
 ) -> dict[str, ReferencedPairs] | None:
     """What `reference_parts` gives, where all of it is in the cache, sound and complete; else None."""
-    passes = _passes(data, needs)
+    passes = reference_passes(data, needs)
     stored = _stored(passes, key, cache=cache)
     return _joined_parts(data, stored, needs) if len(stored) == len(passes) else None
 
 
-def _passes(data: SweepData, needs: frozenset[str]) -> dict[str, PairTokens]:
+def reference_passes(data: SweepData, needs: frozenset[str]) -> dict[str, PairTokens]:
     """Every set of pairs to score: the parts, and `train <need>` for what is derived from the train part."""
     derived = {f"train {need}": derive(data.train) for need, derive in DERIVED.items() if need in needs}
     return data.parts | derived

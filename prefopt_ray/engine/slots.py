@@ -92,6 +92,13 @@ class Slots:
         else:
             yield self.model  # nothing was opened yet: the base itself
 
+    @property
+    def coming_reference_bytes(self) -> int:
+        """Of a reference model that is still to be made beside this one; about, since it may be another model."""
+        if self._reference is not None or (self._make_reference is None and self._pristine is None):
+            return 0
+        return sum(parameter.nbytes for parameter in self.model.parameters())
+
     def state(self, slot: int) -> dict[str, Tensor]:
         """Weights and optimizer, CPU copies."""
         owned = self._slots[slot]
@@ -147,11 +154,12 @@ class Slots:
                     self.peft.delete_adapter(name)
                 self.peft.add_adapter(name, lora)
         self.peft.set_adapter(name)
-        return {
-            full.replace(f".{name}.", "."): parameter
-            for full, parameter in self.model.named_parameters()
-            if f".{name}." in full
-        }
+        # The adapter's name stands inside (`.lora_A.slot0.weight`) or, on an embedding, last (`.lora_embedding_A.slot0`).
+        named = {f"{full}.": parameter for full, parameter in self.model.named_parameters()}
+        own = {full: parameter for full, parameter in named.items() if f".{name}." in full}
+        if own.keys() != {full for full, parameter in named.items() if parameter.requires_grad}:
+            raise RuntimeError(f"peft trains other parameters than those named after {name}")
+        return {full.replace(f".{name}.", ".").removesuffix("."): parameter for full, parameter in own.items()}
 
     def _open_full(self, slot: int) -> dict[str, nn.Parameter]:
         if slot != 0:

@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 
 from prefopt_ray.engine.batches import shared_lengths
+from prefopt_ray.engine.reference import reference_passes
 from prefopt_ray.pairs.tokens import PairTokens
 from prefopt_ray.plan.probe import Probe
 from prefopt_ray.prepare import Prepared
@@ -65,7 +66,8 @@ def estimate(
 ) -> SweepPlan:
     """What `probe` says of every trial of the prepared spec; `slots` fit at once, on `places` with the probe's memory."""
     spec, data = prepared.spec, prepared.loaded.data
-    every_pair = sum(len(part) * _relative_length(prepared, part) for part in data.parts.values())
+    scored = reference_passes(data, prepared.blueprint.needs)
+    every_pair = sum(len(pairs) * _relative_length(prepared, pairs) for pairs in scored.values())
     return SweepPlan(
         name=spec.name, trials=spec.trial_count, config=config,
         rungs=spec.rung_steps(spec.total_steps(len(data.train))),

@@ -1,6 +1,6 @@
 """What this process has taken at most, stage by stage, and what the machine has: bytes.
 
-On a CUDA device what counts is the device's memory, as torch reserves it; otherwise this process's resident set.
+On a CUDA device what counts is the device's memory, as torch reserves it, with the context; otherwise this process's resident set.
 """
 
 import os
@@ -14,6 +14,7 @@ import torch
 KIB = 1 if sys.platform == "darwin" else 1024  # unit of ru_maxrss
 # Ray ends a worker when its node's memory is this full.
 USABLE = 0.95
+CUDA_CONTEXT = 500 * 2**20  # what a process takes beside torch's own memory; assumed, not measured
 # A container's limit and what it uses of it, in both versions of cgroups.
 _CGROUPS = (
     (Path("/sys/fs/cgroup/memory.max"), Path("/sys/fs/cgroup/memory.current")),
@@ -50,7 +51,7 @@ class Gauge:
 
 def peak_bytes(device: str) -> int:
     if device == "cuda":
-        return torch.cuda.max_memory_reserved()
+        return CUDA_CONTEXT + torch.cuda.max_memory_reserved()
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * KIB
 
 

@@ -102,7 +102,7 @@ def _usual_step(engine: LocalEngine, trial: _ProbedTrial, train: PairTokens, *, 
     for step in usual[:TIMED_STEPS]:
         trial.batch = step
         seconds += _seconds(lambda: engine.step([trial]))
-        tokens += sum(engine.forward_tokens(trial, train.take(_rows(trial.config, train, step))))
+        tokens += int(engine.pair_tokens(train.take(_rows(trial.config, train, step))).sum())
         if seconds > TIMED_S:
             break
     mean = float(engine.pair_tokens(train).mean()) * training.batch_pairs

@@ -17,18 +17,20 @@ def necessary_flops(shape: ModelShape, lengths: np.ndarray, *, rank: int) -> flo
 
     Frozen linears: forward, and backward for the input's gradient; adapters: forward, and backward for input and
     weights. Not counted, because not needed: gradients below the first adapters; the last layer's output projection
-    and MLP on prompt tokens; logits of prompt tokens. Attention is causal, its backward 2.5 times its forward. The
-    head: logits once, and the hidden states' gradient. The reference is not in it: it is computed once for all trials.
+    and MLP where nothing is predicted; logits of prompt tokens; a completion's last token, which only is predicted.
+    Attention is causal, its backward twice its forward. The head: logits once, and the hidden states' gradient; a
+    prompt's last token predicts the first one of both completions. The reference is not in it: it is computed once for
+    all trials.
     """
-    prompt, chosen, rejected = lengths.astype(np.float64).T
-    tokens, answers = float((prompt + chosen + rejected).sum()), float((chosen + rejected).sum())
+    prompt, chosen, rejected = (lengths - [0, 1, 1]).astype(np.float64).T
+    tokens, answers = float((prompt + chosen + rejected).sum()), float((chosen + rejected + 1).sum())
     seen = float((prompt**2 / 2 + prompt * (chosen + rejected) + (chosen**2 + rejected**2) / 2).sum())
     late = ("o", "gate", "up", "down")  # of the last layer: nothing after them looks at a prompt token
     per_token = sum(_linear(size, rank) for size in shape.linears.values())
     on_answers = sum(_linear(shape.linears[name], rank) for name in late)
     first = sum(_input_gradient(shape.linears[name], rank) for name in ("q", "k", "v"))
     body = shape.layers * per_token * tokens - on_answers * (tokens - answers) - first * tokens
-    attention = shape.layers * 3.5 * 4 * shape.hidden * seen
+    attention = shape.layers * 3 * 4 * shape.hidden * seen
     head = 2 * 2 * shape.hidden * shape.vocabulary * answers
     return body + attention + head
 
@@ -57,13 +59,25 @@ def padded_flops(
     return total
 
 
+def shared_rows_flops(shape: ModelShape, lengths: np.ndarray, *, rank: int, batch: int) -> float:
+    """Of all pairs of `lengths` (N, 3) in batches of `batch`: one row per pair with its prompt once, padded to the
+    batch's longest; attention computes whole squares, since its mask is a matrix. As `PlainEngine` does."""
+    plain = PaddedStep(reference=False, recomputed=False, scores_padding=False)
+    total = 0.0
+    for start in range(0, len(lengths), batch):
+        part = lengths[start : start + batch].astype(np.float64)
+        width = float((part.sum(1) - 2).max())
+        total += _padded_batch(shape, len(part), width, float(part[:, 1:].sum()), rank=rank, step=plain, causal=False)
+    return total
+
+
 def _padded_batch(
-    shape: ModelShape, rows: int, width: float, answers: float, *, rank: int, step: PaddedStep
+    shape: ModelShape, rows: int, width: float, answers: float, *, rank: int, step: PaddedStep, causal: bool = True
 ) -> float:
     tokens = rows * width
     frozen = shape.layers * sum(2 * i * o for i, o in shape.linears.values()) * tokens
     adapters = shape.layers * sum(2 * rank * (i + o) for i, o in shape.linears.values()) * tokens
-    attention = shape.layers * 4 * shape.hidden * rows * width**2 / 2
+    attention = shape.layers * 4 * shape.hidden * rows * width**2 / (2 if causal else 1)
     forward = frozen + adapters + attention
     backward = frozen + 2 * adapters + 2.5 * attention
     reference = (frozen + attention) if step.reference else 0.0

@@ -155,10 +155,9 @@ def _rounds(
     for _ in range(rounds):
         peaks.append(matmul_peak(bench.device, bench.dtype))
         for engine in rng.sample(sorted(arms), len(arms)):
-            resident = torch.cuda.memory_allocated(bench.device) if on_gpu else 0
             run = arms[engine].run(steps, logged=False)
             seconds[engine].append((run.spent.wall_s if on_gpu else run.spent.cpu_s) / (steps - 1))
-            working[engine] = max(working[engine], run.peak_bytes - resident)
+            working[engine] = max(working[engine], run.peak_bytes)
     measured = {
         engine: Measured(arm.engine, tuple(seconds[engine]), working[engine])
         for engine, arm in arms.items()

@@ -79,7 +79,7 @@ def measure(model: str, *, engine: str, tokens: int, vocabulary: int, device: st
     _steps(opened, trial, rows)
     peak = _peak(place) - loaded
     weights = sum(t.nbytes for name, t in opened.state(0).items() if name.startswith("weights/"))
-    kept, forward = opened.kept_bytes_per_token(0), int(shared_lengths(rows).sum())
+    kept, forward = opened.kept(0).per_token, int(shared_lengths(rows).sum())
     return {
         "engine": opened.plan.engine, "tokens": tokens, "pairs": len(lengths), "vocabulary": vocabulary,
         "forward_tokens": forward, "kept_bytes_per_token": kept, "peak_bytes": peak,

@@ -237,7 +237,13 @@ def _measure(model: PreTrainedModel, tokens: PairTokens, *, trials: int, rounds:
              "difference": found, "agrees": agrees}
     if not agrees:
         return facts
-    arms = {"packed": lambda: bench.packed.step(bench.pairs), "alone": lambda: bench.engine.step(bench.alone)}
+    # One after the other as in a sweep: each trial has an engine, so no adapter is switched, and every step's loss and
+    # norm are read.
+    one = [bench.alone[0]] * trials
+    arms = {
+        "packed": lambda: [read.tolist() for read in bench.packed.step(bench.pairs)],
+        "alone": lambda: bench.engine.step(one),
+    }
     on_gpu = model.device.type == "cuda"
     return facts | {
         f"{name}_launches": (_kernels if on_gpu else _operations)(step) for name, step in arms.items()

@@ -15,7 +15,7 @@ from typing import Any
 from benchmarks.kept_runs import KeptRuns
 from benchmarks.process_tree import spent_by
 from benchmarks.sweep_material import Task, make_material
-from benchmarks.timing import versions
+from benchmarks.timing import code, versions
 from prefopt_ray.results.ledger import LEDGER_FILE, read_events, read_sweep
 
 STEPS, BATCH_PAIRS = 50, 16
@@ -28,7 +28,7 @@ ROOT = Path(__file__).parents[2]
 
 def measure(counts: Sequence[int], out: Path) -> dict[str, Any]:
     """Every count once, in order; runs kept in `out` are not made again."""
-    kept = KeptRuns.open(out, {"steps": STEPS, "batch_pairs": BATCH_PAIRS, "versions": dict(versions())})
+    kept = KeptRuns.open(out, {"steps": STEPS, "batch_pairs": BATCH_PAIRS, "versions": dict(versions()), "code": code()})
     material = out / "material"
     kept.get_or_make("material", lambda: _made(material))
     runs = {}

@@ -29,13 +29,13 @@ import numpy as np  # noqa: E402
 import torch  # noqa: E402
 
 from benchmarks import trl_arm  # noqa: E402
-from benchmarks.flops import PaddedStep, necessary_flops, padded_flops  # noqa: E402
+from benchmarks.flops import PaddedStep, necessary_flops, padded_flops, shared_rows_flops  # noqa: E402
 from benchmarks.kept_runs import KeptRuns, OtherSettings  # noqa: E402
 from benchmarks.model_shapes import MODELS, ModelShape, random_model  # noqa: E402
 from benchmarks.pair_lengths import SHAPES, LengthShape, padding_factor, pair_lengths, random_pairs  # noqa: E402
 from benchmarks.parity import Difference, Limits, float32_limits, largest_relative  # noqa: E402
 from benchmarks.step_arms import RANK, OurArm, StepArm, StepRun, TrlArm, Workbench, row_order, step_trial  # noqa: E402
-from benchmarks.timing import machine, matmul_peak, paired_ratio, versions  # noqa: E402
+from benchmarks.timing import code, machine, matmul_peak, paired_ratio, versions  # noqa: E402
 
 OURS, PLAIN = "prefopt auto", "prefopt plain"
 # In bfloat16 a run differs from itself when its batches are cut otherwise; some more than that is still rounding.
@@ -59,7 +59,7 @@ def main() -> int:
     trl_arm.quiet()
     settings = {
         "device": options.device, "threads": options.threads, "rounds": options.rounds, "steps": options.steps,
-        "versions": dict(versions()),
+        "versions": dict(versions()), "code": code(),
     }
     try:
         kept = KeptRuns.open(options.out, settings) if options.out else None
@@ -127,7 +127,7 @@ def _gate(arms: Sequence[StepArm], bench: Workbench, steps: int) -> dict[str, di
     # Random weights give every token about the same probability.
     limits = float32_limits(completion * math.log(bench.model.config.vocab_size), beta=bench.trial.loss_params["beta"])
     if bench.dtype is torch.bfloat16:
-        limits = _bfloat16_limits(bench, steps, whole=others[-1])
+        limits = _bfloat16_limits(bench, steps)
     out = {}
     for arm, theirs in zip(arms[1:], others, strict=True):
         found = _difference(ours, theirs)
@@ -144,10 +144,13 @@ def _difference(ours: StepRun, theirs: StepRun) -> Difference:
     )
 
 
-def _bfloat16_limits(bench: Workbench, steps: int, *, whole: StepRun) -> Limits:
-    """From the spread of the peer against the plain engine with micro-batches of half the size."""
-    halved = OurArm(bench, "plain", micro_batch_pairs=max(1, bench.trial.training.batch_pairs // 2))
-    spread = _difference(halved.run(steps, logged=True), whole)
+def _bfloat16_limits(bench: Workbench, steps: int) -> Limits:
+    """From the spread of the plain engine against itself with micro-batches of half the size."""
+    batch = bench.trial.training.batch_pairs
+    whole, halved = (
+        OurArm(bench, "plain", micro_batch_pairs=size).run(steps, logged=True) for size in (batch, max(1, batch // 2))
+    )
+    spread = _difference(halved, whole)
     return Limits(
         max(LEAST_BFLOAT16.loss, SPREAD_ALLOWED * spread.loss),
         max(LEAST_BFLOAT16.grad_norm, SPREAD_ALLOWED * spread.grad_norm),
@@ -180,7 +183,8 @@ def _rounds(
 
 
 def _summary(
-    model: ModelShape, shape: LengthShape, lengths: np.ndarray, *, times: Mapping[str, Timed], peaks: Sequence[float], on_gpu: bool
+    model: ModelShape, shape: LengthShape, lengths: np.ndarray, *,
+    times: Mapping[str, Timed], peaks: Sequence[float], on_gpu: bool,
 ) -> dict[str, object]:
     """Per arm what a step takes, per peer how many times ours that is, expected (by counting) and measured."""
     steps = len(lengths) / shape.batch_pairs
@@ -199,7 +203,8 @@ def _summary(
     ours = times[OURS]
     ratios = {
         name: {
-            "cpu": paired_ratio(timed.cpu_s, ours.cpu_s).to_dict(), "wall": paired_ratio(timed.wall_s, ours.wall_s).to_dict(),
+            "cpu": paired_ratio(timed.cpu_s, ours.cpu_s).to_dict(),
+            "wall": paired_ratio(timed.wall_s, ours.wall_s).to_dict(),
             "expected": _expected(model, shape, lengths, name, on_gpu=on_gpu) / (needed * steps),
         }
         for name, timed in times.items() if name != OURS
@@ -209,8 +214,10 @@ def _summary(
 
 def _expected(model: ModelShape, shape: LengthShape, lengths: np.ndarray, name: str, *, on_gpu: bool) -> float:
     """Operations of a peer, counted. TRL's head scores completions only where it has a Triton kernel."""
+    if name == PLAIN:  # both completions of a pair in one row
+        return shared_rows_flops(model, lengths, rank=RANK, batch=shape.batch_pairs)
     whole = name == trl_arm.DEFAULT
-    step = PaddedStep(reference=whole, recomputed=whole, scores_padding=not on_gpu and name != PLAIN)
+    step = PaddedStep(reference=whole, recomputed=whole, scores_padding=not on_gpu)
     return padded_flops(model, lengths, rank=RANK, batch=shape.batch_pairs, step=step)
 
 

@@ -4,6 +4,7 @@ Every run starts afresh and takes the same rows in the same order. The first ste
 """
 
 import copy
+import gc
 import tempfile
 from dataclasses import dataclass, replace
 from typing import Protocol
@@ -101,7 +102,7 @@ class OurArm:
     def run(self, steps: int, *, logged: bool = False) -> StepRun:
         trial = TrialState.open(_shortened(self._trial, steps), self._worker)
         engine, device = self._worker.engine, self._device
-        _forget_peak(device)
+        resident = _forget_peak(device)
         engine.step([trial])
         began = now(device)
         for _ in range(steps - 1):
@@ -110,7 +111,7 @@ class OurArm:
         points = [metrics for _, metrics in trial.state()["points"]]
         return StepRun(
             tuple(point["train/loss"] for point in points), tuple(point["train/grad_norm"] for point in points),
-            spent, _peak(device),
+            spent, _peak(device) - resident,
         )
 
 
@@ -138,12 +139,14 @@ class TrlArm:
                 rows=self._rows.select(row_order(self.bench.trial, len(self._rows))), callbacks=[clock],
                 settings=self._settings(folder, logged_every=1 if logged else 10),
             )
-            _forget_peak(device)
+            resident = _forget_peak(device)
             trainer.train()
         points = [entry for entry in trainer.state.log_history if "grad_norm" in entry]
+        peak = _peak(device) - resident
+        del trainer
+        gc.collect()  # a trainer refers to itself; its model would stay beside the next arm's
         return StepRun(
-            tuple(point["loss"] for point in points), tuple(point["grad_norm"] for point in points),
-            clock.spent, _peak(device),
+            tuple(point["loss"] for point in points), tuple(point["grad_norm"] for point in points), clock.spent, peak
         )
 
     def _settings(self, folder: str, *, logged_every: int = 10) -> trl_arm.TrlSettings:
@@ -185,9 +188,12 @@ def _shortened(trial: TrialConfig, steps: int) -> TrialConfig:
     )
 
 
-def _forget_peak(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.reset_peak_memory_stats(device)
+def _forget_peak(device: torch.device) -> int:
+    """Bytes that are resident now: models of all arms, adapters, what this arm has open."""
+    if device.type != "cuda":
+        return 0
+    torch.cuda.reset_peak_memory_stats(device)
+    return torch.cuda.memory_allocated(device)
 
 
 def _peak(device: torch.device) -> int:

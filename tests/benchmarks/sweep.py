@@ -34,7 +34,7 @@ from benchmarks.kept_runs import KeptRuns, OtherSettings  # noqa: E402
 from benchmarks.parity import largest_relative  # noqa: E402
 from benchmarks.process_tree import spent_by  # noqa: E402
 from benchmarks.sweep_material import BATCH_PAIRS, SPEC, STEPS, Task, make_material  # noqa: E402
-from benchmarks.timing import machine, matmul_peak, paired_ratio, versions  # noqa: E402
+from benchmarks.timing import code, machine, matmul_peak, paired_ratio, versions  # noqa: E402
 from benchmarks.trl_arm import DEFAULT, TUNED  # noqa: E402
 from prefopt_ray.results.ledger import read_sweep  # noqa: E402
 
@@ -53,7 +53,7 @@ def main() -> int:
     options = _options()
     torch.set_num_threads(1)
     signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))  # so that what was started is ended too
-    settings = {"data": options.data, "steps": options.steps, "versions": dict(versions())}
+    settings = {"data": options.data, "steps": options.steps, "versions": dict(versions()), "code": code()}
     try:
         kept = KeptRuns.open(options.out, settings)
     except OtherSettings as error:

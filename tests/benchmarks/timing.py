@@ -6,10 +6,12 @@ then summarised.
 
 import os
 import platform
+import subprocess
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
 from statistics import median
 
 import torch
@@ -95,6 +97,7 @@ def machine(device: torch.device) -> dict[str, object]:
         "device": name, "cores": os.cpu_count(), "torch_threads": torch.get_num_threads(),
         "load": round(os.getloadavg()[0], 2), "python": platform.python_version(), "versions": versions(),
         "date": time.strftime("%Y-%m-%d"),
+        "code": code(),
     }
 
 
@@ -106,6 +109,15 @@ def versions() -> Mapping[str, str]:
         except PackageNotFoundError:
             continue  # the machine with the GPU has neither trl nor ray
     return found
+
+
+def code() -> str:
+    """The commit of this checkout; with `-changed` where files differ from it."""
+    def git(*arguments: str) -> str:
+        done = subprocess.run(["git", *arguments], cwd=Path(__file__).parent, capture_output=True, text=True)
+        return done.stdout.strip() if done.returncode == 0 else "unknown"
+
+    return git("rev-parse", "--short=12", "HEAD") + ("-changed" if git("status", "--porcelain") else "")
 
 
 def _cpu_name() -> str:

@@ -416,6 +416,24 @@ def test_full_fine_tuning_in_bfloat16_keeps_float32_weights() -> None:
     assert trial.outcomes[0].stats.h.abs().max() < 1e-1
 
 
+@EVERY_ENGINE
+def test_lora_on_an_embedding_is_trained_and_continued(make: MakeEngine) -> None:
+    """peft names its weights otherwise than a linear's."""
+    config = trial_config(learning_rate=0.1)
+    config = replace(config, adapter=replace(config.adapter, target=("embed_tokens", "q_proj")))
+    engine = make(tiny_llama())
+    engine.open(0, config)
+    start = weights(engine.state(0))
+    assert sum("lora_embedding_" in name for name in start) == 2
+    run(engine, config, steps=2)
+    trained = engine.state(0)
+    assert all(not torch.equal(before, weights(trained)[name]) for name, before in start.items())
+    other = make(tiny_llama())
+    other.open(0, replace(config, seed=config.seed + 1))
+    other.load(0, trained)
+    assert_same_bits(weights(other.state(0)), weights(trained))
+
+
 def test_lora_on_the_head_is_trained() -> None:
     engine = tiny_engine()
     config = trial_config(learning_rate=1e-2)

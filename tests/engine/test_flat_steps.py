@@ -22,14 +22,16 @@ from engine.exact import (
 from engine.oracle import HandTrial, assert_same_bits, largest_difference, weights
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tiny import random_pairs, trial_config
+from tiny import PLAN, random_pairs, trial_config
 from torch import Tensor
 from torch.nn.functional import softplus
 from transformers import PretrainedConfig
 
 from prefopt_ray.engine.base import REFERENCE, ReferencedPairs
 from prefopt_ray.engine.extras import cut_to_shorter, mismatched
+from prefopt_ray.engine.flat.engine import FlatEngine
 from prefopt_ray.engine.local import LocalEngine
+from prefopt_ray.engine.memory import Kept
 from prefopt_ray.losses.stats import PairStats
 from prefopt_ray.trial import AdapterConfig, TrialConfig
 
@@ -171,10 +173,32 @@ def opened(layers: int, *, target: str) -> LocalEngine:
 
 def test_below_the_first_adapter_nothing_is_kept_for_the_backward_pass() -> None:
     """Two layers under one with adapters keep as much as none; adapters on all keep more with every layer."""
-    top = [opened(n, target=rf".*layers\.{n - 1}\..*_proj").kept_bytes_per_token(0) for n in (1, 3)]
+    top = [opened(n, target=rf".*layers\.{n - 1}\..*_proj").kept(0).per_token for n in (1, 3)]
     assert top[0] == top[1]
-    every = [opened(n, target=r".*layers\..*_proj").kept_bytes_per_token(0) for n in (1, 3)]
+    every = [opened(n, target=r".*layers\..*_proj").kept(0).per_token for n in (1, 3)]
     assert every[1] > 2 * every[0]
+
+
+def test_a_constant_part_is_no_part_of_every_token() -> None:
+    assert Kept.of((10, 1_050), (30, 1_150)) == Kept(1_000, 5)
+    assert Kept.of((10, 40), (30, 180)) == Kept(0, 7)  # attention that keeps its weights grows faster than the tokens
+
+
+def test_recomputing_keeps_inputs_and_one_layer_at_a_time() -> None:
+    few, many = (opened(n, target="all-linear") for n in (2, 6))
+    whole, recomputed = many.kept(0), many.kept(0, recompute=True)
+    layer = (whole.per_token - few.kept(0).per_token) / 4
+    assert layer < recomputed.per_token < 0.5 * whole.per_token
+
+
+def test_copies_of_weights_in_another_precision_are_counted_once() -> None:
+    """Under autocast every weight has one, whatever the batch."""
+    model = rough_model(small_config("llama"))
+    engine = FlatEngine(model, plan=PLAN, pad_id=0, eos_ids=(2,), autocast=torch.bfloat16)
+    engine.open(0, sgd_config(adapter=AdapterConfig(kind="none")))
+    linears = sum(p.numel() for name, p in model.named_parameters() if "_proj" in name)
+    kept = engine.kept(0)
+    assert kept.constant == pytest.approx(2 * linears, rel=0.1)
 
 
 def test_only_adapters_have_gradients() -> None:

@@ -217,7 +217,7 @@ def test_no_logits_of_all_positions_are_kept_for_the_backward_pass(monkeypatch: 
 
     whole, kept_whole = gradient_and_kept(run, model)
     assert (positions, vocabulary) in logits(kept_whole)  # one small chunk is kept, by decision
-    monkeypatch.setattr(head, "CHUNK_ELEMENTS", 8 * vocabulary)
+    monkeypatch.setitem(head.CHUNK_ELEMENTS, "cpu", 8 * vocabulary)
     chunked, kept = gradient_and_kept(run, model)
     assert logits(kept) == []
     for first, second in zip(whole, chunked, strict=True):
@@ -227,5 +227,5 @@ def test_no_logits_of_all_positions_are_kept_for_the_backward_pass(monkeypatch: 
 def test_chunks_do_not_change_log_probs(monkeypatch: pytest.MonkeyPatch) -> None:
     engine, pairs = tiny_engine(), random_pairs(8)
     whole = engine.score(REFERENCE, pairs)
-    monkeypatch.setattr(head, "CHUNK_ELEMENTS", 3 * VOCABULARY)
+    monkeypatch.setitem(head.CHUNK_ELEMENTS, "cpu", 3 * VOCABULARY)
     assert engine.score(REFERENCE, pairs) == pytest.approx(whole, abs=1e-5)

@@ -185,7 +185,7 @@ def test_what_a_step_takes_is_what_was_measured_per_token() -> None:
     trial = HandTrial(config, referenced(ragged_pairs(drawn)))
     engine.open(0, config)
     engine.step([trial])
-    measured = engine.kept_bytes_per_token(0) * sum(p + c + r - 2 for p, c, r in drawn)
+    measured = engine.kept(0).per_token * sum(p + c + r - 2 for p, c, r in drawn)
     before = torch.cuda.memory_allocated()
     torch.cuda.reset_peak_memory_stats()
     engine.step([trial])

@@ -109,7 +109,7 @@ def test_what_a_token_keeps_for_the_backward_pass_is_that_of_a_whole_base(folder
     for model in (loaded(folder), loaded(folder, quantisation=None)):
         engine = engine_of(model)
         engine.open(0, trial_config(adapter="qlora"))
-        kept.append(engine.kept_bytes_per_token(0))
+        kept.append(engine.kept(0).per_token)
     assert kept[0] == pytest.approx(kept[1], rel=0.1)
 
 

@@ -36,7 +36,9 @@ class FlatEngine(LocalEngine):
         """Raises LayoutError when the model does not compute the same on a flat batch as on rows."""
         super().__init__(model, **settings)
         self._own_attention = model.config._attn_implementation
-        why = disagreement(model, self._decoder, self._pair_batch, within=flat_attention_in(model))
+        why = disagreement(
+            model, self._decoder, self._pair_batch, within=flat_attention_in(model), autocast=self._autocast
+        )
         if why:
             raise LayoutError(f"flat batches do not suit its modules ({why})")
         self._bare_head = _is_bare(self._head, model.get_output_embeddings())
@@ -68,7 +70,9 @@ class FlatEngine(LocalEngine):
         if reference.config._attn_implementation == NAME:  # a copy of the policy, made while that computed
             reference.config._attn_implementation = self._own_attention
         decoder = reference.get_decoder()
-        why = disagreement(reference, decoder, self._pair_batch, within=flat_attention_in(reference))
+        why = disagreement(
+            reference, decoder, self._pair_batch, within=flat_attention_in(reference), autocast=self._autocast
+        )
         if why:
             raise ModelError(Problem(
                 place=str(reference.config._name_or_path), key="model.reference", found=reference.config.model_type,

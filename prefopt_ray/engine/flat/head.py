@@ -9,14 +9,13 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 # Rows of logits held at once: with fewer the products read the head's weights too often (on a CPU 64 rows instead of
-# 512 cost a quarter more at 8,192 tokens of vocabulary and a third more at 152,000), and 2,048 of those are 1.2 GB.
+# 512 cost a quarter more at 8,192 tokens of vocabulary and a third more at 152,000), and 2,048 of those are 1.2 GB in float32.
 CHUNK_ROWS = {"cpu": 512, "cuda": 2_048}
 
 
 def chunk_bytes(weight: Tensor) -> int:
-    """What a chunk of logits takes at most: in the head's own type and in float32; `weight` is (V, d)."""
-    sizes = {weight.dtype.itemsize, _wide(weight.dtype).itemsize}
-    return _chunk_rows(weight.device) * weight.shape[0] * sum(sizes)
+    """What a chunk of logits takes at most: itself and the exponentials of its sum; `weight` is (V, d)."""
+    return _chunk_rows(weight.device) * weight.shape[0] * 2 * _wide(weight.dtype).itemsize
 
 
 class FrozenHeadLogps(torch.autograd.Function):
@@ -40,6 +39,8 @@ class FrozenHeadLogps(torch.autograd.Function):
                 shares = logits.sub_(total).exp_()
                 shares.scatter_add_(-1, wanted, torch.full_like(wanted, -1, dtype=shares.dtype))
                 torch.mm(shares.to(weight.dtype), weight, out=slopes[span])
+                del shares
+            del logits  # before the next chunk's are made
         if slopes is not None:
             ctx.save_for_backward(slopes.neg_())
         return logps
@@ -48,7 +49,8 @@ class FrozenHeadLogps(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: torch.autograd.function.FunctionCtx, grad: Tensor) -> tuple[Tensor | None, ...]:
         (slopes,) = ctx.saved_tensors
-        return grad[:, None].to(slopes.dtype) * slopes, None, None, None
+        # One factor for all tokens of a completion: rounded before the product it would weigh the whole pair wrongly.
+        return (grad[:, None] * slopes).to(slopes.dtype), None, None, None
 
 
 def _chunk_rows(device: torch.device) -> int:
