@@ -7,10 +7,11 @@ The one place where spec, pairs, engine and gold meet. Knows nothing of Ray or M
 import importlib.metadata
 import os
 import re
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+import numpy as np
 import torch
 from transformers import AutoConfig, PreTrainedTokenizerBase
 
@@ -30,7 +31,7 @@ from prefopt_ray.engine.choose import EngineChoice, choose_engine, open_engine
 from prefopt_ray.engine.local import LocalEngine
 from prefopt_ray.engine.memory import scoring_tokens
 from prefopt_ray.engine.quantised import NF4, PACKAGE, require_base_fits, require_four_bits
-from prefopt_ray.engine.reference import Progress, ReferenceKey, reference_parts, stored_parts
+from prefopt_ray.engine.reference import Progress, ReferenceKey, keep_reference, missing_passes, score_passes
 from prefopt_ray.gold.bandit import bandit_rows, ensure_bandit
 from prefopt_ray.gold.base import ensure_gold_base
 from prefopt_ray.gold.pairs import gold_rows, with_flipped_labels
@@ -134,16 +135,20 @@ class WorkerBlueprint:
         self, data: SweepData, *, cache: Path | None, progress: Progress | None = None
     ) -> "WorkerBlueprint":
         """The blueprint with reference log-probs: from the cache, or by loading the model for one pass."""
-        known = self.stored_reference(data, cache=cache)
-        if known is None:
-            known = reference_parts(
-                self.open_engine(), data, self.reference_key(), cache=cache, needs=self.needs, progress=progress
-            )
-        return replace(self, parts=known)
+        missing = self.missing_reference(data, cache=cache)
+        made = score_passes(self.open_engine(), missing, progress=progress) if missing else {}
+        return self.keeping_reference(data, [made], cache=cache)
 
-    def stored_reference(self, data: SweepData, *, cache: Path | None) -> dict[str, ReferencedPairs] | None:
-        """The parts with their reference log-probs where all of them are in the cache."""
-        return stored_parts(data, self.reference_key(), cache=cache, needs=self.needs)
+    def missing_reference(self, data: SweepData, *, cache: Path | None) -> dict[str, PairTokens]:
+        """What the reference pass has to score: nothing where all of it is in the cache."""
+        return missing_passes(data, self.reference_key(), cache=cache, needs=self.needs)
+
+    def keeping_reference(
+        self, data: SweepData, shares: Sequence[Mapping[str, np.ndarray]], *, cache: Path | None
+    ) -> "WorkerBlueprint":
+        """The blueprint with what was scored, in shares, of `missing_reference`, which also goes into the cache."""
+        parts = keep_reference(data, self.reference_key(), shares, cache=cache, needs=self.needs)
+        return replace(self, parts=parts)
 
     def reference_key(self) -> ReferenceKey:
         dtype = f"{self.model.dtype}{'/autocast' if self.full_finetuning else ''}"

@@ -22,6 +22,17 @@ REFERENCE = -1  # the slot number that means "the reference, not a trial's polic
 
 
 @dataclass(frozen=True)
+class Share:
+    """Every `of`-th of the forward passes of a scoring, from `number` on."""
+
+    number: int
+    of: int
+
+
+WHOLE = Share(0, 1)
+
+
+@dataclass(frozen=True)
 class ReferencedPairs:
     """A part of the data with its reference log-probs, row by row."""
 
@@ -104,10 +115,13 @@ class Engine(Protocol):
         """One optimizer step of each trial."""
         ...
 
-    def score(self, slot: int, pairs: PairTokens, *, advance: Callable[[int], None] | None = None) -> np.ndarray:
+    def score(
+        self, slot: int, pairs: PairTokens, *, advance: Callable[[int], None] | None = None, share: Share = WHOLE
+    ) -> np.ndarray:
         """(N, 2) float32 summed log-probs of chosen and rejected, in pair order; slot REFERENCE for the reference.
 
-        `advance` is told how many pairs each forward has scored.
+        `advance` is told how many pairs each forward has scored. Of several shares each scores other forward passes of
+        the same grouping and leaves the other pairs 0, so that they add up to the whole, bit by bit.
         """
         ...
 

@@ -18,7 +18,16 @@ from torch.utils.checkpoint import checkpoint
 from transformers import GenerationConfig, PreTrainedModel
 from transformers.modeling_layers import GradientCheckpointingLayer
 
-from prefopt_ray.engine.base import REFERENCE, ReferencedPairs, Samples, StepOutcome, SteppedTrial, pair_stats
+from prefopt_ray.engine.base import (
+    REFERENCE,
+    WHOLE,
+    ReferencedPairs,
+    Samples,
+    Share,
+    StepOutcome,
+    SteppedTrial,
+    pair_stats,
+)
 from prefopt_ray.engine.batches import Batch, example_pair, left_padded, ragged, runs_within, scoring_order
 from prefopt_ray.engine.head import (
     Head,
@@ -305,11 +314,13 @@ class LocalEngine(ABC):
 
     # -- scoring -----------------------------------------------------------------------------------
 
-    def score(self, slot: int, pairs: PairTokens, *, advance: Callable[[int], None] | None = None) -> np.ndarray:
-        out = np.empty((len(pairs), 2), dtype=np.float32)
+    def score(
+        self, slot: int, pairs: PairTokens, *, advance: Callable[[int], None] | None = None, share: Share = WHOLE
+    ) -> np.ndarray:
+        out = np.zeros((len(pairs), 2), dtype=np.float32)
         groups = scoring_order(self._lengths(pairs), token_budget=self.plan.scoring_tokens, padded=self.padded)
         with torch.inference_mode(), self._slots.policy(slot) as model, self._computing(model):
-            for rows in groups:
+            for rows in groups[share.number :: share.of]:
                 out[rows] = self._pair_logps(model, pairs.take(rows)).cpu().numpy()
                 if advance is not None:
                     advance(len(rows))

@@ -10,7 +10,7 @@ import json
 import logging
 import os
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -18,7 +18,7 @@ import numpy as np
 from safetensors import SafetensorError
 from safetensors.numpy import load_file, save_file
 
-from prefopt_ray.engine.base import REFERENCE, Engine, ReferencedPairs
+from prefopt_ray.engine.base import REFERENCE, WHOLE, Engine, ReferencedPairs, Share
 from prefopt_ray.engine.extras import DERIVED
 from prefopt_ray.errors import ModelError, Problem
 from prefopt_ray.pairs.tokens import PairTokens, SweepData
@@ -61,9 +61,25 @@ def reference_parts(
     `needs` are those of the losses that will train: what they take of the reference beside the pairs themselves is
     scored with them. Raises ModelError for log-probs that are not finite.
     """
-    scored = _stored(passes := reference_passes(data, needs), key, cache=cache)
-    total = sum(len(pairs) for pairs in passes.values())
-    done = sum(len(passes[name]) for name in scored)
+    missing = missing_passes(data, key, cache=cache, needs=needs)
+    made = score_passes(engine, missing, progress=progress)
+    return keep_reference(data, key, [made], cache=cache, needs=needs)
+
+
+def missing_passes(
+    data: SweepData, key: ReferenceKey, *, cache: Path | None, needs: frozenset[str] = frozenset()
+) -> dict[str, PairTokens]:
+    """Of all passes those that are not in the cache, sound and complete."""
+    passes = reference_passes(data, needs)
+    stored = _stored(passes, key, cache=cache)
+    return {name: pairs for name, pairs in passes.items() if name not in stored}
+
+
+def score_passes(
+    engine: Engine, passes: Mapping[str, PairTokens], *, share: Share = WHOLE, progress: Progress | None = None
+) -> dict[str, np.ndarray]:
+    """(N, 2) by pass; of a share the other shares' pairs are 0. `progress` counts this share's pairs of all."""
+    total, done = sum(len(pairs) for pairs in passes.values()), 0
 
     def advance(pairs: int) -> None:
         nonlocal done
@@ -71,23 +87,26 @@ def reference_parts(
         if progress:
             progress(done, total)
 
-    for name, pairs in passes.items():
-        if name not in scored:
-            logps = engine.score(REFERENCE, pairs, advance=advance)
-            _require_finite(logps, pairs, part_name=name)
-            if cache:
-                _write(_path(cache, key, pairs), pairs, logps)
-            scored[name] = ReferencedPairs(pairs, logps)
-    return _joined_parts(data, scored, needs)
+    return {name: engine.score(REFERENCE, pairs, advance=advance, share=share) for name, pairs in passes.items()}
 
 
-def stored_parts(
-    data: SweepData, key: ReferenceKey, *, cache: Path | None, needs: frozenset[str] = frozenset()
-) -> dict[str, ReferencedPairs] | None:
-    """What `reference_parts` gives, where all of it is in the cache, sound and complete; else None."""
+def keep_reference(
+    data: SweepData, key: ReferenceKey, shares: Sequence[Mapping[str, np.ndarray]], *,
+    cache: Path | None, needs: frozenset[str] = frozenset(),
+) -> dict[str, ReferencedPairs]:
+    """The parts with what all shares together scored, put into the cache, and with what was there.
+
+    Raises ModelError for log-probs that are not finite.
+    """
     passes = reference_passes(data, needs)
-    stored = _stored(passes, key, cache=cache)
-    return _joined_parts(data, stored, needs) if len(stored) == len(passes) else None
+    scored = _stored({name: pairs for name, pairs in passes.items() if name not in shares[0]}, key, cache=cache)
+    for name in shares[0]:
+        logps, pairs = sum(share[name] for share in shares), passes[name]
+        _require_finite(logps, pairs, part_name=name)
+        if cache:
+            _write(_path(cache, key, pairs), pairs, logps)
+        scored[name] = ReferencedPairs(pairs, logps)
+    return _joined_parts(data, scored, needs)
 
 
 def reference_passes(data: SweepData, needs: frozenset[str]) -> dict[str, PairTokens]:

@@ -5,42 +5,62 @@ The driver may have no accelerator, so it loads no model. Both tasks tell how fa
 
 import threading
 from collections.abc import Iterator, Mapping
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import ray
 
 from prefopt_ray.results.answer import TEST_FILE
-from prefopt_ray.engine.base import ReferencedPairs
+from prefopt_ray.engine.base import Share
+from prefopt_ray.engine.batches import shared_lengths
 from prefopt_ray.engine.loading import load_tokenizer
-from prefopt_ray.engine.reference import Progress
+from prefopt_ray.engine.reference import Progress, score_passes
 from prefopt_ray.errors import CheckpointError, PrefoptError
 from prefopt_ray.results.ledger import TrialRecord
-from prefopt_ray.pairs.tokens import SweepData
+from prefopt_ray.pairs.tokens import PairTokens, SweepData
 from prefopt_ray.prepare import WorkerBlueprint
 from prefopt_ray.train.evaluations import EvaluationLog
 from prefopt_ray.train.export import export, load_best
 
 PROGRESS_S = 0.25
+LEAST_FORWARDS = 16  # of a task of the reference pass
 
 Reserved = dict[str, float]  # cpu, gpu
 
 
 def reference_pass(
-    blueprint: WorkerBlueprint, data: SweepData, *, cache: Path, reserved: Reserved, progress: Progress
+    blueprint: WorkerBlueprint, data: SweepData, *, cache: Path, reserved: Reserved, at_once: int, progress: Progress
 ) -> WorkerBlueprint:
-    """The blueprint with reference log-probs: from the cache without a task, else by one. Raises ModelError."""
-    known = blueprint.stored_reference(data, cache=cache)
-    if known is not None:
-        return replace(blueprint, parts=known)
+    """The blueprint with reference log-probs: from the cache without a task, else by as many as can run at once.
+
+    Raises ModelError.
+    """
+    missing = blueprint.missing_reference(data, cache=cache)
+    if not missing:
+        return blueprint.keeping_reference(data, [{}], cache=cache)
+    count = _shares(missing, at_once=at_once, tokens=blueprint.plan.scoring_tokens)
     task = _reference_task.options(num_cpus=reserved["cpu"], num_gpus=reserved["gpu"])
-    for reference in task.remote(blueprint, data, cache):
-        message = task_value(reference)
-        if isinstance(message, dict):
-            return replace(blueprint, parts=message)
-        progress(*message)
-    raise RuntimeError("the reference pass ended without a result")
+    model, passes = ray.put(blueprint), ray.put(missing)
+    running = {task.remote(model, passes, Share(number, count)): number for number in range(count)}
+    done, scored = [0] * count, []
+    total = sum(len(pairs) for pairs in missing.values())
+    while running:
+        (ready, *_), _ = ray.wait(list(running), num_returns=1)
+        message = task_value(next(ready))
+        if isinstance(message, int):
+            done[running[ready]] = message
+            progress(sum(done), total)
+        else:
+            scored.append(message)
+            del running[ready]
+    return blueprint.keeping_reference(data, scored, cache=cache)
+
+
+def _shares(passes: Mapping[str, PairTokens], *, at_once: int, tokens: int) -> int:
+    """As many as run at once, but none for less than some forward passes: each opens the model."""
+    forwards = sum(int(shared_lengths(pairs).sum()) for pairs in passes.values()) // tokens
+    return max(1, min(at_once, forwards // LEAST_FORWARDS))
 
 
 def score_on_test(
@@ -67,16 +87,16 @@ def task_value(reference: ray.ObjectRef) -> Any:
 
 @ray.remote(num_returns="streaming", max_retries=0)
 def _reference_task(
-    blueprint: WorkerBlueprint, data: SweepData, cache: Path
-) -> Iterator[tuple[int, int] | dict[str, ReferencedPairs]]:
-    """(done, total) now and then, at last the parts."""
-    latest: list[tuple[int, int]] = [(0, 1)]
+    blueprint: WorkerBlueprint, passes: Mapping[str, PairTokens], share: Share
+) -> Iterator[int | dict[str, np.ndarray]]:
+    """Pairs done now and then, at last the share's log-probs by pass."""
+    done: list[int] = [0]
     outcome: list[Any] = []
 
     def work() -> None:
         try:
-            done = blueprint.with_reference(data, cache=cache, progress=lambda *point: latest.append(point))
-            outcome.append(done.parts)
+            engine = blueprint.open_engine()
+            outcome.append(score_passes(engine, passes, share=share, progress=lambda pairs, of: done.append(pairs)))
         except BaseException as error:  # noqa: BLE001 - raised in the task below
             outcome.append(error)
 
@@ -84,7 +104,7 @@ def _reference_task(
     thread.start()
     while thread.is_alive():
         thread.join(PROGRESS_S)
-        yield latest[-1]
+        yield done[-1]
     if isinstance(outcome[0], BaseException):
         raise outcome[0]
     yield outcome[0]

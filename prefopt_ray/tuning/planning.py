@@ -42,10 +42,10 @@ def plan_sweep(spec: SweepSpec, *, stage: Callable[[str], Progress]) -> SweepPla
     data = prepared.loaded.data
     measured = _measured(prepared.blueprint, data, config, reserved=reserved)
     progress(1, 1)
-    stored = prepared.blueprint.stored_reference(data, cache=cache_folder(spec) / "reference")
+    missing = prepared.blueprint.missing_reference(data, cache=cache_folder(spec) / "reference")
     return estimate(
         prepared, config, measured, slots=slots(reserved, limit=spec.resources.max_concurrent),
-        places=_places(reserved), reference_stored=stored is not None,
+        places=_places(reserved), reference_stored=not missing,
     )
 
 

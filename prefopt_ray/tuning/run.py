@@ -183,7 +183,7 @@ def _open_blueprint(
     blueprint = replace(prepared.blueprint, device="cuda" if reserved["gpu"] > 0 else "cpu")
     opened = reference_pass(
         blueprint, prepared.loaded.data, cache=cache_folder(spec) / "reference", reserved=reserved,
-        progress=observer.stage("reference pass"),
+        at_once=slots(reserved, limit=spec.resources.max_concurrent), progress=observer.stage("reference pass"),
     )
     return opened, reserved
 

@@ -14,7 +14,7 @@ from transformers import PreTrainedModel
 
 from prefopt_ray.engine.base import ReferencedPairs
 from prefopt_ray.engine.extras import cut_to_shorter, mismatched
-from prefopt_ray.engine.reference import ReferenceKey, reference_parts, stored_parts
+from prefopt_ray.engine.reference import ReferenceKey, keep_reference, missing_passes, reference_parts
 from prefopt_ray.errors import DataError
 from prefopt_ray.losses.stats import PairStats
 from prefopt_ray.pairs.tokens import PairTokens
@@ -111,10 +111,11 @@ def test_a_prefix_has_the_tokens_of_the_shorter_completion() -> None:
 def test_derived_references_are_stored_with_the_others_and_only_where_needed(tmp_path) -> None:
     data, engine = scored_data(), tiny_engine()
     reference_parts(engine, data, KEY, cache=tmp_path)
-    assert stored_parts(data, KEY, cache=tmp_path) is not None
-    assert stored_parts(data, KEY, cache=tmp_path, needs=EVERYTHING) is None
+    assert not missing_passes(data, KEY, cache=tmp_path)
+    missing = missing_passes(data, KEY, cache=tmp_path, needs=EVERYTHING)
+    assert missing.keys() == {"train per_token", "train mismatched"}
     made = reference_parts(engine, data, KEY, cache=tmp_path, needs=EVERYTHING)
-    read = stored_parts(data, KEY, cache=tmp_path, needs=EVERYTHING)
+    read = keep_reference(data, KEY, [{}], cache=tmp_path, needs=EVERYTHING)
     assert read["train"].derived.keys() == {"per_token", "mismatched"} and not read["select"].derived
     for need, pairs in made["train"].derived.items():
         assert np.array_equal(pairs.reference, read["train"].derived[need].reference)

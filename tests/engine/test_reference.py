@@ -14,9 +14,15 @@ from safetensors.numpy import load_file, save_file
 from tiny import PLAN, random_data, random_pairs, referenced, tiny_llama, trial_config
 from transformers import PreTrainedModel
 
-from prefopt_ray.engine.base import REFERENCE
+from prefopt_ray.engine.base import REFERENCE, Share
 from prefopt_ray.engine.plain import PlainEngine
-from prefopt_ray.engine.reference import ReferenceKey, reference_parts, stored_parts
+from prefopt_ray.engine.reference import (
+    ReferenceKey,
+    keep_reference,
+    missing_passes,
+    reference_parts,
+    score_passes,
+)
 from prefopt_ray.errors import ModelError
 from prefopt_ray.pairs.tokens import PairTokens, Ragged, SweepData
 from prefopt_ray.train import make_worker, train
@@ -67,7 +73,21 @@ def test_progress_counts_pairs_that_are_new(data: SweepData, tmp_path: Path) -> 
     told.clear()
     other = replace(data, test=random_pairs(5, first_row=500))
     reference_parts(engine_of(), other, KEY, cache=tmp_path, progress=lambda done, total: told.append((done, total)))
-    assert told == [(37, 37)]
+    assert told == [(5, 5)]
+
+
+@pytest.mark.parametrize("count", [1, 2, 5, 40])
+def test_shares_add_up_to_the_whole_bit_by_bit(data: SweepData, tmp_path: Path, count: int) -> None:
+    plan = replace(PLAN, scoring_tokens=64)  # several forwards a part
+    engines = [PlainEngine(tiny_llama(), plan=plan, pad_id=0, eos_ids=(2,)) for _ in range(2)]
+    whole = reference_parts(engines[0], data, KEY, cache=None)
+    missing = missing_passes(data, KEY, cache=tmp_path)
+    shares = [score_passes(engines[1], missing, share=Share(number, count)) for number in range(count)]
+    assert count == 1 or any((shares[0]["train"] == 0).any(1))
+    kept = keep_reference(data, KEY, shares, cache=tmp_path)
+    for name, part in whole.items():
+        assert np.array_equal(kept[name].reference, part.reference) and (part.reference != 0).all()
+    assert not missing_passes(data, KEY, cache=tmp_path)
 
 
 def test_the_key_changes_with_all_that_the_numbers_depend_on_and_nothing_else() -> None:
@@ -165,7 +185,7 @@ def test_a_damaged_file_is_made_again(
         again = reference_parts(engine, data, KEY, cache=tmp_path)["train"]
     assert engine.scored == 24, "this part alone"
     assert np.array_equal(again.reference, made.reference)
-    assert stored_parts(data, KEY, cache=tmp_path).keys() == data.parts.keys()
+    assert not missing_passes(data, KEY, cache=tmp_path)
     assert str(path) in caplog.text
 
 
