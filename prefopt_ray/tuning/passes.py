@@ -1,8 +1,10 @@
-"""The two passes over pairs that run where trials run, as Ray tasks: the reference before, the test part after.
+"""The two passes over pairs that run where trials run: the reference before, the test part after.
 
-The driver may have no accelerator, so it loads no model. Both tasks tell how far they are.
+As Ray tasks, since a driver may have no accelerator and no room for a model; in this process where trials run on the
+CPUs of this machine alone: a task's process would first import for seconds what this one has.
 """
 
+import queue
 import threading
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -22,9 +24,10 @@ from prefopt_ray.pairs.tokens import PairTokens, SweepData
 from prefopt_ray.prepare import WorkerBlueprint
 from prefopt_ray.train.evaluations import EvaluationLog
 from prefopt_ray.train.export import export, load_best
+from prefopt_ray.tuning.resources import trials_run_here
 
 PROGRESS_S = 0.25
-LEAST_FORWARDS = 16  # of a task of the reference pass
+LEAST_FORWARDS = 64  # of a task of the reference pass: fewer take less time than a new process that imports and loads
 
 Reserved = dict[str, float]  # cpu, gpu
 
@@ -40,21 +43,49 @@ def reference_pass(
     if not missing:
         return blueprint.keeping_reference(data, [{}], cache=cache)
     count = _shares(missing, at_once=at_once, tokens=blueprint.plan.scoring_tokens)
-    task = _reference_task.options(num_cpus=reserved["cpu"], num_gpus=reserved["gpu"])
-    model, passes = ray.put(blueprint), ray.put(missing)
-    running = {task.remote(model, passes, Share(number, count)): number for number in range(count)}
+    shares = [Share(number, count) for number in range(count)]
+    heard: queue.Queue[tuple[int, int | dict[str, np.ndarray] | BaseException]] = queue.Queue()
+    for share, messages in zip(shares, _scorings(blueprint, missing, shares, reserved=reserved), strict=True):
+        threading.Thread(target=_forward, args=(messages, share.number, heard), daemon=True).start()
     done, scored = [0] * count, []
     total = sum(len(pairs) for pairs in missing.values())
-    while running:
-        (ready, *_), _ = ray.wait(list(running), num_returns=1)
-        message = task_value(next(ready))
-        if isinstance(message, int):
-            done[running[ready]] = message
-            progress(sum(done), total)
-        else:
+    while len(scored) < count:
+        number, message = heard.get()
+        if isinstance(message, BaseException):
+            raise message
+        if isinstance(message, dict):
             scored.append(message)
-            del running[ready]
+        else:
+            done[number] = message
+            progress(sum(done), total)
     return blueprint.keeping_reference(data, scored, cache=cache)
+
+
+def _scorings(
+    blueprint: WorkerBlueprint, passes: Mapping[str, PairTokens], shares: list[Share], *, reserved: Reserved
+) -> Iterator[Iterator[int | dict[str, np.ndarray]]]:
+    """Each share's messages (see `_score_share`). The first is scored in this process where trials run on its cores:
+    it has imported everything already."""
+    here = blueprint.device == "cpu" and trials_run_here()
+    if here:
+        yield _score_share(blueprint, passes, shares[0])
+    if here and len(shares) == 1:
+        return
+    task = ray.remote(_score_share).options(
+        num_cpus=reserved["cpu"], num_gpus=reserved["gpu"], num_returns="streaming", max_retries=0
+    )
+    model, tokens = ray.put(blueprint), ray.put(passes)
+    for share in shares[here:]:
+        yield map(task_value, task.remote(model, tokens, share))
+
+
+def _forward(messages: Iterator[Any], number: int, heard: queue.Queue) -> None:
+    """What a share says, or the error that ended it."""
+    try:
+        for message in messages:
+            heard.put((number, message))
+    except BaseException as error:  # noqa: BLE001 - raised by the one who listens
+        heard.put((number, error))
 
 
 def _shares(passes: Mapping[str, PairTokens], *, at_once: int, tokens: int) -> int:
@@ -66,13 +97,16 @@ def _shares(passes: Mapping[str, PairTokens], *, at_once: int, tokens: int) -> i
 def score_on_test(
     blueprint: ray.ObjectRef, folder: Path, trials: list[TrialRecord], *, steps: Mapping[str, int], reserved: Reserved
 ) -> Iterator[tuple[str, str]]:
-    """Score each trial's checkpoint at its step (by trial id) on the test part and export it.
+    """Score each trial's checkpoint at its step (by trial id) on the test part and export it, as trials are computed.
 
     Yields (trial id, "") when that is stored, or (trial id, why not) for a checkpoint that cannot be read.
     """
-    task = _score_task.options(num_cpus=reserved["cpu"], num_gpus=reserved["gpu"])
-    for reference in task.remote(blueprint, folder, trials, steps):
-        yield task_value(reference)
+    if reserved["gpu"] == 0 and trials_run_here():
+        return _score_checkpoints(ray.get(blueprint), folder, trials, steps)
+    task = ray.remote(_score_checkpoints).options(
+        num_cpus=reserved["cpu"], num_gpus=reserved["gpu"], num_returns="streaming", max_retries=0
+    )
+    return map(task_value, task.remote(blueprint, folder, trials, steps))
 
 
 def task_value(reference: ray.ObjectRef) -> Any:
@@ -85,8 +119,7 @@ def task_value(reference: ray.ObjectRef) -> Any:
         raise
 
 
-@ray.remote(num_returns="streaming", max_retries=0)
-def _reference_task(
+def _score_share(
     blueprint: WorkerBlueprint, passes: Mapping[str, PairTokens], share: Share
 ) -> Iterator[int | dict[str, np.ndarray]]:
     """Pairs done now and then, at last the share's log-probs by pass."""
@@ -97,10 +130,10 @@ def _reference_task(
         try:
             engine = blueprint.open_engine()
             outcome.append(score_passes(engine, passes, share=share, progress=lambda pairs, of: done.append(pairs)))
-        except BaseException as error:  # noqa: BLE001 - raised in the task below
+        except BaseException as error:  # noqa: BLE001 - raised below
             outcome.append(error)
 
-    thread = threading.Thread(target=work)
+    thread = threading.Thread(target=work, daemon=True)
     thread.start()
     while thread.is_alive():
         thread.join(PROGRESS_S)
@@ -110,8 +143,7 @@ def _reference_task(
     yield outcome[0]
 
 
-@ray.remote(num_returns="streaming", max_retries=0)
-def _score_task(
+def _score_checkpoints(
     blueprint: WorkerBlueprint, folder: Path, trials: list[TrialRecord], steps: Mapping[str, int]
 ) -> Iterator[tuple[str, str]]:
     worker = blueprint()

@@ -80,6 +80,12 @@ def _reservation(spec: SweepSpec, *, cpus: float, gpus: float) -> dict[str, floa
     return wanted
 
 
+def trials_run_here() -> bool:
+    """Whether the machine of this process is the whole cluster."""
+    alive = [node["NodeID"] for node in ray.nodes() if node["Alive"]]
+    return alive == [ray.get_runtime_context().get_node_id()]
+
+
 def slots(resources: dict[str, float], *, limit: int | None) -> int:
     """How many trials fit at once, and at most `limit`."""
     total = ray.cluster_resources()
