@@ -7,7 +7,7 @@ files of a sweep, Ray or MLflow.
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -109,6 +109,15 @@ class Engine(Protocol):
 
     def open(self, slot: int, config: TrialConfig) -> None:
         """A fresh policy (equal to the reference `start`) and optimizer, bit-equal to a new process."""
+        ...
+
+    def plan_of(self, slot: int) -> ExecutionPlan:
+        """How the slot's trial is computed: `plan`, and what was kept of the plan that it began with."""
+        ...
+
+    def keep_plan(self, slot: int, begun: Mapping[str, Any]) -> None:
+        """Go on as a trial began under `begun` (ExecutionPlan.to_dict()), as far as that is the engine's to choose and
+        fits: its batches are cut as they were, so that the same bits follow."""
         ...
 
     def step(self, trials: Sequence[SteppedTrial]) -> None:

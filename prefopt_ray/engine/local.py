@@ -5,11 +5,12 @@ How pairs lie in a batch, and what is replaced inside the model while it compute
 
 import logging
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -85,6 +86,7 @@ class LocalEngine(ABC):
         self._autocast = autocast
         self._decoder, self._head = decoder_and_head(model)
         self._reference_head: Head | None = None
+        self._begun_with: dict[int, int] = {}  # slot -> tokens of a micro-batch, of trials that go on
         self._most_kept: int | None = None  # tokens whose activations fit the device; None: not limited
 
     # -- how tokens lie: the subclass's ------------------------------------------------------------
@@ -113,6 +115,7 @@ class LocalEngine(ABC):
     # -- slots -------------------------------------------------------------------------------------
 
     def open(self, slot: int, config: TrialConfig) -> None:
+        self._begun_with.pop(slot, None)
         self._slots.open(slot, config)
         self._prepare_adapters()
         if self._most_kept is None and self.device.type == "cuda":
@@ -126,6 +129,14 @@ class LocalEngine(ABC):
         )
         self._most_kept = tokens_in_memory(self.device, bytes_per_token=kept.per_token, coming=coming)
         self.plan = replace(self.plan, micro_batch_tokens=budget(self._most_kept))
+
+    def plan_of(self, slot: int) -> ExecutionPlan:
+        return replace(self.plan, micro_batch_tokens=self._begun_with.get(slot, self.plan.micro_batch_tokens))
+
+    def keep_plan(self, slot: int, begun: Mapping[str, Any]) -> None:
+        tokens = int(begun["micro_batch_tokens"])
+        if self._most_kept is None or tokens <= self._most_kept:
+            self._begun_with[slot] = tokens
 
     def _logits_bytes(self) -> int:
         """What the head holds for a moment, whatever the batch."""
@@ -222,7 +233,8 @@ class LocalEngine(ABC):
         size, indices = trial.config.training.micro_batch_pairs, np.arange(len(pairs))
         if size is not None:
             return [indices[start : start + size] for start in range(0, len(pairs), size)]
-        spans = runs_within(self._lengths(pairs), token_budget=self.plan.micro_batch_tokens, padded=self.padded)
+        most = self.plan_of(trial.slot).micro_batch_tokens
+        spans = runs_within(self._lengths(pairs), token_budget=most, padded=self.padded)
         return [indices[span] for span in spans]
 
     def pair_tokens(self, pairs: PairTokens) -> np.ndarray:

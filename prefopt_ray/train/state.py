@@ -227,7 +227,7 @@ class TrialState:
             "last_report": report,
             "seconds": [self._seconds, self._evaluating],
             "config": self.config.digest(),
-            "plan": self._worker.engine.plan.to_dict(),
+            "plan": self._worker.engine.plan_of(self.slot).to_dict(),
         }
 
     def load(self, state: dict[str, Any]) -> None:
@@ -250,7 +250,8 @@ class TrialState:
     def _restore(self, saved: Checkpoint) -> None:
         if saved.state["config"] != self.config.digest():
             raise CheckpointError(f"{self._folder}: holds a trial with another configuration; give it its own folder")
-        if saved.state["plan"] != self._worker.engine.plan.to_dict():
+        self._worker.engine.keep_plan(self.slot, saved.state["plan"])
+        if saved.state["plan"] != self._worker.engine.plan_of(self.slot).to_dict():
             log.warning("%s: continued under another execution plan, so its last bits may differ", self._folder)
         self._worker.engine.load(self.slot, saved.tensors)
         self._log = EvaluationLog.load(self._folder / EVALUATIONS_FILE)

@@ -90,7 +90,7 @@ class PreferenceTrainable(tune.Trainable):
 
     def _placement(self) -> dict[str, Any]:
         """Where and how it is computed: execution plan (complete once a trial has opened), process, machine."""
-        return {**self._worker.engine.plan.to_dict(), "pid": os.getpid(), "host": platform.node()}
+        return {**self._worker.engine.plan_of(0).to_dict(), "pid": os.getpid(), "host": platform.node()}
 
     def _record_failure(self) -> str:
         text = traceback.format_exc()

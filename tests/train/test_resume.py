@@ -3,9 +3,11 @@
 import logging
 import shutil
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import torch
 from tiny import tiny_worker
 from train.runs import (
     assert_same_folders,
@@ -51,6 +53,26 @@ def test_continued_on_a_worker_that_trained_another_trial_meanwhile(uninterrupte
 
     assert_same_reports(run_in_pieces(config, tmp_path, pieces=[3], worker=warm), expected)
     assert_same_folders(tmp_path, folder)
+
+
+def test_continued_where_more_memory_is_free_its_batches_are_still_cut_as_they_were(tmp_path: Path) -> None:
+    """Another cut adds up in another order."""
+    config = short_config("lora")
+    config = replace(config, training=replace(config.training, micro_batch_pairs=None))
+    whole, cut, other = tmp_path / "whole", tmp_path / "cut", tmp_path / "other"
+    expected = run(config, _worker_with_room_for(12), folder=whole)
+    workers = iter([_worker_with_room_for(12), _worker_with_room_for(4096)])
+    assert_same_reports(run_in_pieces(config, cut, pieces=[3], worker=lambda: next(workers)), expected)
+    assert_same_folders(cut, whole)
+    run(config, _worker_with_room_for(4096), folder=other)
+    uncut, kept = (Checkpoints(folder / "checkpoints").latest().tensors for folder in (other, whole))
+    assert any(not torch.equal(uncut[name], tensor) for name, tensor in kept.items())
+
+
+def _worker_with_room_for(tokens: int) -> Worker:
+    worker = tiny_worker()
+    worker.engine.plan = replace(worker.engine.plan, micro_batch_tokens=tokens)
+    return worker
 
 
 def test_a_finished_trial_says_its_last_report_again_and_trains_no_more(uninterrupted: tuple, tmp_path: Path) -> None:
