@@ -167,9 +167,13 @@ def losses(options: argparse.Namespace) -> int:
 
 def run(options: argparse.Namespace) -> int:
     spec = _load_to_run(options)
-    from prefopt_ray.tuning.run import run_sweep
+    from prefopt_ray.tuning.run import resume_sweep, run_sweep, unfinished_sweep
 
-    return _sweep_with_terminal(lambda observer: run_sweep(spec, observer), as_json=options.json)
+    begun = unfinished_sweep(spec) if options.resume else None
+    if begun is None:
+        return _sweep_with_terminal(lambda observer: run_sweep(spec, observer), as_json=options.json)
+    print(f"going on with {begun.name}", file=sys.stderr)
+    return _sweep_with_terminal(lambda observer: resume_sweep(begun, observer), as_json=options.json)
 
 
 def resume(options: argparse.Namespace) -> int:
@@ -584,8 +588,10 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _sweep_commands(command: Declare) -> None:
-    command("run", run, text="run a sweep and print the answer", takes="spec",
-            example="prefopt run sweeps/quickstart.yaml --set search.seed=1")
+    ran = command("run", run, text="run a sweep and print the answer", takes="spec",
+                  example="prefopt run sweeps/quickstart.yaml --set search.seed=1")
+    ran.add_argument("--resume", action="store_true",
+                     help="go on with a sweep of this very spec that has no answer yet, if there is one")
     command("best", best, text="the best configuration as a spec, with how sure that is", takes="sweep",
             example="prefopt best quickstart > best.yaml")
     shown = command("show", show, text="every trial of a sweep and the answer so far", takes="sweep",

@@ -122,6 +122,23 @@ def resume_sweep(folder: Path, observer: Observer) -> SweepRecord:
     return _session(spec, prepared, sweep, ledger=ledger, observer=observer)
 
 
+def unfinished_sweep(spec: SweepSpec) -> Path | None:
+    """The latest sweep of this very spec in its storage folder that has no answer yet."""
+    found = []
+    for ledger in spec.storage.glob(f"{spec.name}-*/{LEDGER_FILE}"):
+        try:
+            sweep, stored = read_sweep(ledger.parent), load_spec(ledger.parent / SPEC).to_dict()
+        except InputError as error:
+            log.warning("%s is left out: %s", ledger.parent, error)
+            continue
+        if spec.model.revision is None:  # it was pinned to the commit of that day
+            stored = {**stored, "model": {**stored["model"], "revision": None}}
+        same = SweepSpec.from_dict(stored).content_hash() == spec.content_hash()
+        if same and sweep.name == spec.name and not sweep.finished:
+            found.append(ledger)
+    return max(found, key=lambda ledger: ledger.stat().st_mtime).parent if found else None
+
+
 def judge_again(folder: Path, question: Question, observer: Observer) -> Judgement:
     """Judge the saved checkpoints of a sweep; its ledger stays as it is. Raises JudgeError.
 

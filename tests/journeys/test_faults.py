@@ -9,8 +9,10 @@ from journeys.conftest import FinishedSweep
 from journeys.journey import interrupt, prefopt, start, wait_for
 
 from prefopt_ray.results.ledger import SweepRecord, read_events, read_sweep
+from prefopt_ray.spec import SweepSpec, load_spec
 from prefopt_ray.trial import EndState
 from prefopt_ray.tuning.rungs import Arrival, SuccessiveHalving
+from prefopt_ray.tuning.run import unfinished_sweep
 
 
 def test_a_sweep_stopped_by_ctrl_c_resumes_to_the_same_bits(finished: FinishedSweep, tmp_path: Path) -> None:
@@ -31,8 +33,12 @@ def test_a_driver_killed_under_asha_loses_neither_rungs_nor_numbers(finished: Fi
     process = start("run", "sweep.yaml", cwd=tmp_path)
     sweep = wait_for(has_ended_and_running_trials, tmp_path / "prefopt-results", process)
     interrupt(process, how=signal.SIGKILL)
-    resumed = prefopt("resume", "journey", cwd=tmp_path)
-    assert resumed.code == 0, resumed.err
+    spec = load_spec(tmp_path / "sweep.yaml", storage=str(tmp_path / "prefopt-results"))
+    assert unfinished_sweep(spec) == sweep.folder
+    assert unfinished_sweep(SweepSpec.from_dict({**spec.to_dict(), "guards": {"overfit": "stop"}})) is None
+    resumed = prefopt("run", "sweep.yaml", "--resume", cwd=tmp_path)
+    assert resumed.code == 0 and f"going on with {sweep.folder.name}" in resumed.err, resumed.err
+    assert unfinished_sweep(spec) is None
     ended = read_sweep(sweep.folder)
     assert set(ended.trials) == set(finished.record.trials)
     assert {t.end_state for t in ended.trials.values()} <= {EndState.COMPLETED, EndState.STOPPED_EARLY}
