@@ -66,7 +66,7 @@ def test_the_objective_is_a_metric_of_the_trial(metric: str, judge: str, measure
     ("judge: {endpoint: {url: 'http://h:99999', model: m}}", "judge.endpoint.url", "http or https address"),
     ("judge: {callable: 'a:b'}\nobjective: {metric: judge}", "objective.metric", "judge at every rung"),
     ("objective: {metric: judge}", "objective.metric", "judge at every rung"),
-    ("judge: {callable: 'a:b', at: rungs}\nobjective: {metric: judge}\nsamples: {at: [50%]}", "samples.at", "ASHA"),
+    ("judge: {callable: 'a:b', at: rungs}\nobjective: {metric: judge}\nsamples: {at: [50%]}", "samples.at", "the scheduler decides"),
     ("objective: {metric: gold}\nsamples: {at: never}", "samples.at", "sampled completions"),
 ])
 def test_what_cannot_work_is_refused_with_its_key(lines: str, key: str, rule: str) -> None:
