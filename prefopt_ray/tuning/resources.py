@@ -2,11 +2,13 @@
 
 import logging
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import dataclass
 
 import ray
 import torch
+from ray._private.state import state
 
 from prefopt_ray.errors import Problem, ResourceError
 from prefopt_ray.spec import SweepSpec
@@ -50,14 +52,54 @@ def refuse_impossible(spec: SweepSpec) -> None:
         _reservation(spec, cpus=float(os.cpu_count() or 1), gpus=float(torch.cuda.device_count()))
 
 
+@dataclass(frozen=True)
+class NodeKind:
+    """Machines that are alike: what each has, and how many of them there are or can be."""
+
+    resources: Mapping[str, float]  # CPU, GPU, ...
+    count: int
+
+    def fits(self, share: Mapping[str, float]) -> int:
+        """Trials on one machine that each take `share` (cpu, gpu)."""
+        held = (int(self.resources.get(name.upper(), 0.0) / part + 1e-6) for name, part in share.items() if part > 0)
+        return min(held)
+
+
+def node_kinds() -> list[NodeKind]:
+    """The machines of the cluster, and those that its autoscaler may add."""
+    return [*_alive(), *_addable()]
+
+
+def _alive() -> list[NodeKind]:
+    return [NodeKind(node["Resources"], 1) for node in ray.nodes() if node["Alive"]]
+
+
+def _addable() -> list[NodeKind]:
+    """What the autoscaler has told Ray that it may start; nothing without one."""
+    config = state.get_cluster_config()  # private: Ray's own libraries size themselves by it, and nothing else tells it
+    groups = config.node_group_configs if config is not None else ()
+    return [NodeKind(dict(group.resources), group.max_count) for group in groups if group.max_count > 0]
+
+
 def trial_resources(spec: SweepSpec) -> dict[str, float]:
-    """What one trial reserves on the largest node. Raises ResourceError."""
-    nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
-    return _reservation(
+    """What one trial reserves on the largest machine that there is or can be. Raises ResourceError."""
+    kinds = node_kinds()
+    wanted = _reservation(
         spec,
-        cpus=max((node.get("CPU", 0.0) for node in nodes), default=0.0),
-        gpus=max((node.get("GPU", 0.0) for node in nodes), default=0.0),
+        cpus=max((kind.resources.get("CPU", 0.0) for kind in kinds), default=0.0),
+        gpus=max((kind.resources.get("GPU", 0.0) for kind in kinds), default=0.0),
     )
+    if not any(kind.fits(wanted) for kind in kinds):
+        shown = ", ".join(sorted({_shown(kind) for kind in kinds}))
+        raise ResourceError(Problem(
+            "spec", "resources", f"{wanted['cpu']:g} CPUs and {wanted['gpu']:g} GPUs for a trial",
+            f"no machine has both (they have {shown})", "ask for less per trial, or add such a machine",
+        ))
+    return wanted
+
+
+def _shown(kind: NodeKind) -> str:
+    return " and ".join(f"{kind.resources.get(name, 0):g} {name}s" for name in ("CPU", "GPU"))
 
 
 def _reservation(spec: SweepSpec, *, cpus: float, gpus: float) -> dict[str, float]:
@@ -81,13 +123,15 @@ def _reservation(spec: SweepSpec, *, cpus: float, gpus: float) -> dict[str, floa
 
 
 def trials_run_here() -> bool:
-    """Whether the machine of this process is the whole cluster."""
+    """Whether the machine of this process is the whole cluster, and stays it."""
     alive = [node["NodeID"] for node in ray.nodes() if node["Alive"]]
-    return alive == [ray.get_runtime_context().get_node_id()]
+    return alive == [ray.get_runtime_context().get_node_id()] and not _addable()
 
 
 def slots(resources: dict[str, float], *, limit: int | None) -> int:
-    """How many trials fit at once, and at most `limit`."""
-    total = ray.cluster_resources()
-    fits = [int(total.get(name.upper(), 0.0) / share + 1e-6) for name, share in resources.items() if share > 0]
-    return max(1, min([*fits, limit] if limit else fits))
+    """How many trials fit at once on all machines that there are or can be, and at most `limit`.
+
+    Machines that are alive may be among those that the autoscaler may add: what it may add counts where it is more.
+    """
+    fit = max(sum(kind.count * kind.fits(resources) for kind in kinds) for kinds in (_alive(), _addable()))
+    return max(1, min(fit, limit) if limit else fit)
