@@ -18,9 +18,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from prefopt_ray import __version__
-from prefopt_ray.errors import InputError, PrefoptError, Problem, SpecError, SweepError
+from prefopt_ray.errors import ClusterError, InputError, PrefoptError, Problem, SpecError, SweepError
 
 if TYPE_CHECKING:
+    from prefopt_ray.cluster.client import Cluster
     from prefopt_ray.results.ledger import SweepRecord
     from prefopt_ray.spec import SweepSpec
 
@@ -50,6 +51,101 @@ def main(arguments: Sequence[str] | None = None) -> int:
             raise
         print(f"prefopt: {type(error).__name__}: {error}\nrun again with --debug for the traceback", file=sys.stderr)
         return 1
+
+
+# -- on a cluster ----------------------------------------------------------------------------------
+
+
+def submit(options: argparse.Namespace) -> int:
+    spec = _load(options)
+    _require_cluster_storage(options, spec)
+    from prefopt_ray.cluster.checks import versions
+    from prefopt_ray.cluster.client import Cluster
+
+    cluster = Cluster(_address(options))
+    taken = cluster.submit(spec, fresh=options.new, versions=versions())
+    if options.json:
+        print(json.dumps(vars(taken)))
+    else:
+        doing = "is finished (--new begins afresh)" if taken.finished else "goes on" if taken.resumed else "began"
+        print(f"job    {taken.job}\nsweep  {Path(taken.folder).name} {doing}; results in {taken.folder} on the cluster\n"
+              f"prefopt status|logs|stop {taken.sweep} --address {cluster.address}")
+    return _follow(cluster, taken.job, spec) if options.follow else 0
+
+
+def status(options: argparse.Namespace) -> int:
+    from prefopt_ray.cluster.client import Cluster
+    from prefopt_ray.report.lines import summary_lines
+
+    cluster = Cluster(_address(options))
+    job, accepted = cluster.find(options.sweep)
+    summary = {"job": job.job, "job_state": job.state, **cluster.status(accepted["folder"])}
+    print(json.dumps(summary) if options.json else "\n".join(summary_lines(summary)))
+    return 0
+
+
+def logs(options: argparse.Namespace) -> int:
+    from prefopt_ray.cluster.client import Cluster
+    from prefopt_ray.cluster.messages import heard
+
+    cluster = Cluster(_address(options))
+    job, _ = cluster.find(options.sweep)
+
+    def told(line: str) -> None:
+        if heard(line) is None and line and (options.trial is None or f"trial {options.trial} " in line):
+            print(_printable(line), flush=True)
+
+    if options.follow:
+        cluster.follow(job.job, told)
+    else:
+        for line in cluster.log(job.job).split("\n"):
+            told(line)
+    return 0
+
+
+def stop(options: argparse.Namespace) -> int:
+    from prefopt_ray.cluster.client import Cluster
+
+    cluster = Cluster(_address(options))
+    job, accepted = cluster.find(options.sweep)
+    if options.now:
+        cluster.kill(job.job)
+    else:
+        cluster.stop(job.job)
+    print(f"{job.job}: {str(cluster.state(job.job)).lower()}; submit the same spec again to go on with {accepted['sweep']}")
+    return 0
+
+
+def _follow(cluster: "Cluster", job: str, spec: "SweepSpec") -> int:
+    """The live table of a sweep elsewhere; Ctrl-C leaves the sweep running."""
+    from prefopt_ray.cluster.following import Follower
+    from prefopt_ray.report.terminal import make_console
+
+    with Follower(make_console(), spec) as follower:
+        try:
+            ended = cluster.follow(job, follower.told)
+        except KeyboardInterrupt:
+            print(f"not followed any more; the sweep goes on: prefopt logs {job} --follow", file=sys.stderr)
+            return 130
+    return 0 if str(ended) == "SUCCEEDED" else 1
+
+
+def _address(options: argparse.Namespace) -> str:
+    address = options.address or os.environ.get("RAY_API_SERVER_ADDRESS", "")
+    if not re.fullmatch(r"https?://[^\s/]+/?", address):
+        raise ClusterError(Problem(
+            "command line", "--address", repr(address[:200]) if address else "", "must be the cluster's dashboard",
+            "write --address http://127.0.0.1:8265, or set RAY_API_SERVER_ADDRESS",
+        ))
+    return address
+
+
+def _require_cluster_storage(options: argparse.Namespace, spec: "SweepSpec") -> None:
+    if spec.storage == Path(DEFAULT_STORAGE).absolute():
+        raise SweepError(Problem(
+            options.spec, "storage", "", "on a cluster results need a folder that all its nodes share",
+            "name it with --storage, such as --storage /mnt/prefopt",
+        ))
 
 
 # -- before a sweep --------------------------------------------------------------------------------
@@ -416,34 +512,20 @@ def train(options: argparse.Namespace) -> int:
 
 def _sweep_with_terminal(work: Callable[[Any], "SweepRecord"], *, as_json: bool) -> int:
     from prefopt_ray.results.answer import find_answer
-    from prefopt_ray.report.lines import answer_json, answer_lines
-    from prefopt_ray.report.terminal import TerminalObserver, make_console, sweep_tables
+    from prefopt_ray.report.lines import answer_json
+    from prefopt_ray.report.terminal import TerminalObserver, make_console, print_outcome
 
     _quiet_libraries()
     console = make_console(stderr=as_json)
     with TerminalObserver(console) as observer:
         sweep = work(observer)
     answer = find_answer(sweep)
-    name = sweep.folder.name
-    for table in sweep_tables(sweep):
-        console.print(table)
+    print_outcome(console, sweep, answer)
     if not sweep.finished:
-        console.print(f"stopped; `prefopt resume {name}` goes on from here")
         return 130
-    for line in answer_lines(sweep, answer):
-        console.print(line)
-    console.print(f"\nprefopt best {name} > best.yaml   the configuration as a spec\n"
-                  f"prefopt ui {name}                 every trial in MLflow")
     if as_json:
         print(json.dumps(answer_json(sweep, answer)))
     return 0 if answer.winner is not None else 1
-
-
-def _quiet_libraries() -> None:
-    """transformers draws a bar for every file it loads or saves; ours are enough."""
-    from transformers.utils import logging as transformers_logging
-
-    transformers_logging.disable_progress_bar()
 
 
 def _one_point_yaml(sweep: "SweepRecord") -> str:
@@ -460,6 +542,12 @@ def _one_point_yaml(sweep: "SweepRecord") -> str:
         spec, config.loss, winner.first.values, stop_step=winner.best_step,
         total_steps=config.training.total_steps, evaluation=config.evaluation,
     ))
+
+
+def _quiet_libraries() -> None:
+    from prefopt_ray.report.terminal import quiet_libraries
+
+    quiet_libraries()
 
 
 def _load(options: argparse.Namespace) -> "SweepSpec":
@@ -540,10 +628,15 @@ def _table_path(wanted: str, storage: str | None) -> Path:
 def _print_error(error: PrefoptError) -> None:
     lines = error.problems if isinstance(error, InputError) else (error,)
     for line in lines:
-        print(f"prefopt: {_CONTROL.sub(lambda found: ascii(found.group())[1:-1], str(line))}", file=sys.stderr)
+        print(f"prefopt: {_printable(str(line))}", file=sys.stderr)
 
 
-_CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")  # what was found may hold a terminal's escape codes
+def _printable(text: str) -> str:
+    """What was found may hold a terminal's escape codes."""
+    return _CONTROL.sub(lambda found: ascii(found.group())[1:-1], text)
+
+
+_CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")
 
 
 def _number(low: int, high: int) -> Callable[[str], int]:
@@ -577,21 +670,42 @@ def _parser() -> argparse.ArgumentParser:
             sub.add_argument("spec", metavar="SPEC", help="a YAML file")
             sub.add_argument("--set", action="append", default=[], metavar="KEY=VALUE",
                              help="override one key, such as training.steps=100")
+        elif takes == "job":
+            sub.add_argument("sweep", metavar="SWEEP", help="a sweep's name or id, or its job")
         elif takes == "sweep":
             sub.add_argument("sweep", metavar="SWEEP", help="a sweep's name, id or folder")
         sub.set_defaults(command=function)
         return sub
 
-    for declare in (_sweep_commands, _spec_commands, _question_commands):  # the most used first
+    for declare in (_sweep_commands, _spec_commands, _question_commands, _cluster_commands):  # the most used first
         declare(command)
     return parser
+
+
+def _cluster_commands(command: Declare) -> None:
+    url = "http://127.0.0.1:8265"
+    submitted = command("submit", submit, text="run a sweep on a Ray cluster, or go on with it there", takes="spec",
+                        example=f"prefopt submit sweeps/qwen05b.yaml --storage /mnt/prefopt --address {url} --follow")
+    submitted.add_argument("--new", action="store_true", help="begin afresh even where this very spec has a sweep")
+    asked = command("status", status, text="how far a sweep on a cluster is", takes="job",
+                    example=f"prefopt status qwen05b-uf --address {url}")
+    read = command("logs", logs, text="what a sweep on a cluster says", takes="job",
+                   example=f"prefopt logs qwen05b-uf --follow --address {url}")
+    read.add_argument("--trial", help="lines about this trial only, such as 0003")
+    stopped = command("stop", stop, text="end a sweep on a cluster; its trials checkpoint", takes="job",
+                      example=f"prefopt stop qwen05b-uf --address {url}")
+    stopped.add_argument("--now", action="store_true", help="at once; what was reported is kept")
+    for sub in (submitted, asked, read, stopped):
+        sub.add_argument("--address", help="of the cluster's dashboard (default: RAY_API_SERVER_ADDRESS)")
+    for sub in (submitted, read):
+        sub.add_argument("--follow", action="store_true", help="stay and show what happens")
 
 
 def _sweep_commands(command: Declare) -> None:
     ran = command("run", run, text="run a sweep and print the answer", takes="spec",
                   example="prefopt run sweeps/quickstart.yaml --set search.seed=1")
     ran.add_argument("--resume", action="store_true",
-                     help="go on with a sweep of this very spec that has no answer yet, if there is one")
+                     help="go on with the latest sweep of this very spec, if it has no answer yet")
     command("best", best, text="the best configuration as a spec, with how sure that is", takes="sweep",
             example="prefopt best quickstart > best.yaml")
     shown = command("show", show, text="every trial of a sweep and the answer so far", takes="sweep",

@@ -62,6 +62,10 @@ class ResourceError(InputError):
     """The machine or cluster can never give what the spec asks for."""
 
 
+class ClusterError(InputError):
+    """A cluster does not answer, does not take the token, or cannot run the sweep."""
+
+
 class SweepError(InputError):
     """A sweep folder is missing, unreadable, or not what the command needs."""
 

@@ -4,7 +4,7 @@ Every place that shows a trial (terminal, MLflow, JSON) shows the fields made he
 """
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 from prefopt_ray.results.answer import Alike, Answer
@@ -15,6 +15,25 @@ from prefopt_ray.measures.compare import Difference, GainInterval
 from prefopt_ray.trial import Report
 
 OVER_OPTIMISED_BY = 0.5  # gold reward; the standard error of a mean over 128 samples is about .12
+
+
+def summary_lines(summary: Mapping[str, Any]) -> list[str]:
+    """How far a sweep on a cluster is (see results.summary), in words."""
+    states = ", ".join(f"{count} {state}" for state, count in summary["states"].items()) or "no trial yet"
+    expected = f" of up to {summary['expected']}" if summary["expected"] else ""
+    lines = [
+        f"{summary['name']} {summary['sweep']}: {'finished' if summary['finished'] else summary['job_state']}",
+        f"trials  {summary['begun']}{expected}: {states}",
+    ]
+    if best := summary["best"]:
+        lines.append(f"best    {best['trial']} {best['configuration']}: {best['objective']} {best['value']:.4f} "
+                     f"at step {best['step']}")
+    for rung, counts in summary["rungs"].items():
+        lines.append(f"rung    step {rung}: {counts['went_on']} of {counts['decided']} went on")
+    lines.append(f"paid    {summary['trial_hours']:.2f} trial-hours, {summary['gpu_hours']:.2f} GPU-hours")
+    if rest := summary["rest"]:
+        lines.append(f"rest    {rest['trials']} trials, about {rest['hours']:.2f} hours")
+    return [*lines, f"results {summary['folder']}"]
 
 
 def answer_lines(sweep: SweepRecord, answer: Answer) -> list[str]:

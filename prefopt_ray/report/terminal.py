@@ -14,11 +14,11 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 from rich.text import Text
 
-from prefopt_ray.results.answer import confirmation, ranking
+from prefopt_ray.results.answer import Answer, confirmation, ranking
 from prefopt_ray.results.calibration import FEW_TRIALS, Calibration, Correlation
 from prefopt_ray.results.judgement import Judgement
 from prefopt_ray.results.ledger import SweepRecord, TrialRecord
-from prefopt_ray.report.lines import gold_rewards
+from prefopt_ray.report.lines import answer_lines, gold_rewards
 from prefopt_ray.spec import SweepSpec
 from prefopt_ray.trial import Report
 
@@ -77,8 +77,13 @@ class TerminalObserver:
         self._console.print(Text(f"results: {sweep.folder}"), soft_wrap=True)
         self._lines.skip_ended(sweep)
         if self._console.is_terminal:
-            self._live = Live(console=self._console, auto_refresh=False, transient=True)
-            self._live.start()
+            self.show_live(spec)
+
+    def show_live(self, spec: SweepSpec) -> None:
+        """From now on `watch` draws a table."""
+        self._expected = spec.trial_count
+        self._live = Live(console=self._console, auto_refresh=False, transient=True)
+        self._live.start()
 
     def watch(self, sweep: SweepRecord) -> None:
         if self._live is None:
@@ -243,6 +248,27 @@ class _LoggedStage:
             return
         self._next, self._finished = now + LOG_LINE_S, done >= total
         self._console.print(Text(f"{self._name}: {done}/{total}"))
+
+
+def quiet_libraries() -> None:
+    """transformers draws a bar for every file it loads or saves; ours are enough."""
+    from transformers.utils import logging as transformers_logging
+
+    transformers_logging.disable_progress_bar()
+
+
+def print_outcome(console: Console, sweep: SweepRecord, answer: Answer) -> None:
+    """Every trial and the answer, or how to go on with a sweep that was stopped."""
+    for table in sweep_tables(sweep):
+        console.print(table)
+    name = sweep.folder.name
+    if not sweep.finished:
+        console.print(f"stopped; `prefopt resume {name}` goes on from here")
+        return
+    for line in answer_lines(sweep, answer):
+        console.print(line)
+    console.print(f"\nprefopt best {name} > best.yaml   the configuration as a spec\n"
+                  f"prefopt ui {name}                 every trial in MLflow")
 
 
 def make_console(*, stderr: bool = False) -> Console:

@@ -159,7 +159,7 @@ def read_sweep(folder: Path) -> SweepRecord:
     record = SweepRecord(folder)
     for number, event in enumerate(read_events(path), start=1):
         try:
-            _fold(record, event)
+            fold(record, event)
         except (KeyError, TypeError, ValueError, AttributeError) as error:  # a key, a kind of value, a trial unknown
             raise SweepError(Problem(
                 place=f"{path}:{number}", key="", found=_shown(json.dumps(event).encode()),
@@ -210,7 +210,8 @@ def clear_stop(folder: Path) -> None:
     (folder / "commands" / "stop").unlink(missing_ok=True)
 
 
-def _fold(sweep: SweepRecord, event: Mapping[str, Any]) -> None:
+def fold(sweep: SweepRecord, event: Mapping[str, Any]) -> None:
+    """The record after one more event of its ledger."""
     kind = event["event"]
     trial = sweep.trials.get(event.get("trial", ""))
     if kind == "sweep":

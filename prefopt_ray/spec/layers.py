@@ -103,7 +103,7 @@ def resolve_paths(root: Node) -> tuple[Node, list[Problem]]:
     (`Qwen/Qwen2.5-0.5B`, `gold`) stays as it is. What can be no path at all is a problem.
     """
     found: list[Problem] = []
-    for path in _path_keys():
+    for path in path_keys():
 
         def absolute(node: Node, path: KeyPath = path) -> Node:
             try:
@@ -240,7 +240,8 @@ def _map_at(node: Node, path: KeyPath, change: Callable[[Node], Node]) -> Node:
     return Node({**node.value, path[0]: _map_at(child, path[1:], change)}, node.origin)
 
 
-def _path_keys() -> Iterator[KeyPath]:
+def path_keys() -> Iterator[KeyPath]:
+    """Keys whose values may be files or folders."""
     yield from (("model", "policy"), ("model", "start_adapter"), ("data", "text"))
     yield from (("model", "reference", "model"), ("model", "reference", "adapter"))
     yield from (("judge", "reward_model"), ("judge", "callable"), ("judge", "endpoint", "template"))

@@ -33,6 +33,7 @@ from prefopt_ray.spec.sections import (
     SamplesSpec,
     SchedulerSpec,
     SearchSpec,
+    Secrets,
     Section,
     TrackingSpec,
     TrainingSpec,
@@ -68,7 +69,7 @@ OBJECTIVES = {"gain": EvaluationConfig.objective, "judge": "judge/win_lcb", "gol
 DEFAULT_BASELINE = Baseline("sigmoid", {})
 
 # What does not change any number of any trial.
-_NOT_CONTENT = ("name", "storage", "tracking", "resources", "engine")
+_NOT_CONTENT = ("name", "storage", "tracking", "resources", "engine", "secrets")
 
 
 class SweepFields(Section):
@@ -93,6 +94,8 @@ class SweepFields(Section):
     # auto = the flat engine where it serves the model; both give the same numbers to rounding.
     engine: Literal["auto", "plain"] = "auto"
     tracking: TrackingSpec = TrackingSpec()
+    # Environment variables that must have a value wherever trials run, such as HF_TOKEN; their values are never sent.
+    secrets: Secrets = ()
     # Relative to where the command runs, not to the spec: a spec in a read-only place still has results.
     storage: Annotated[Path, PlainValidator(parse_storage), PlainSerializer(str), Field(validate_default=True)] = Path(
         "prefopt-results"

@@ -164,6 +164,16 @@ def _auto_or_share(value: Any) -> float | str:
     raise broken("must be auto, 0, a fraction such as 0.5, or a number of GPUs")
 
 
+def _names_of_secrets(value: Any) -> tuple[str, ...]:
+    """A value in place of a name is not repeated in the message."""
+    names = [value] if isinstance(value, str) else value
+    if not isinstance(names, (list, tuple)) or not all(isinstance(name, str) for name in names):
+        raise broken("must be names of environment variables", "write [HF_TOKEN]")
+    if not all(re.fullmatch(r"[A-Z][A-Z0-9_]{0,99}", name) for name in names):
+        raise broken("must be names of environment variables in capitals, never their values", "write [HF_TOKEN]")
+    return tuple(dict.fromkeys(names))
+
+
 def parse_storage(value: Any) -> Path:
     if not isinstance(value, (str, Path)) or not str(value).strip():
         raise broken("must be a folder")
@@ -268,6 +278,7 @@ AutoPositions = Annotated[
     tuple[int | str, ...] | str, PlainValidator(_auto_positions), PlainSerializer(lambda at: at if at == AUTO else list(at))
 ]
 AutoCount = Annotated[int | str, PlainValidator(_auto_or_count)]
+Secrets = Annotated[tuple[str, ...], PlainValidator(_names_of_secrets), PlainSerializer(list)]
 Texts = Annotated[tuple[str, ...], PlainValidator(_texts), PlainSerializer(_one_or_many)]
 SearchDomain = Annotated[Domain, PlainValidator(_domain), PlainSerializer(write_domain)]
 Text = Annotated[str, Field(min_length=1), AfterValidator(_not_blank)]

@@ -82,14 +82,18 @@ class Observer(Protocol):
     def stopping(self) -> None: ...
 
 
-def run_sweep(spec: SweepSpec, observer: Observer) -> SweepRecord:
+def new_sweep_id() -> str:
+    return secrets.token_hex(4)
+
+
+def run_sweep(spec: SweepSpec, observer: Observer, *, sweep_id: str | None = None) -> SweepRecord:
     """Run a new sweep to its answer, or until Ctrl-C (then some trials are paused)."""
     refuse_impossible(spec)
     if spec.judge is not None:
         check_judge(spec.judge)  # a wrong key should cost a second, not the night before it
     prepared = prepare(spec, stage=observer.stage, device="cpu", threads=spec.resources.cpus_per_trial)
     spec = prepared.spec
-    sweep_id = secrets.token_hex(4)
+    sweep_id = sweep_id or new_sweep_id()
     folder = spec.storage / f"{spec.name}-{sweep_id}"
     folder.mkdir(parents=True)
     (folder / SPEC).write_text(dump_spec(spec))
@@ -122,9 +126,9 @@ def resume_sweep(folder: Path, observer: Observer) -> SweepRecord:
     return _session(spec, prepared, sweep, ledger=ledger, observer=observer)
 
 
-def unfinished_sweep(spec: SweepSpec) -> Path | None:
-    """The latest sweep of this very spec in its storage folder that has no answer yet."""
-    found = []
+def same_sweeps(spec: SweepSpec) -> list[SweepRecord]:
+    """The sweeps of this very spec in its storage folder, the latest first."""
+    found: list[tuple[float, SweepRecord]] = []
     for ledger in spec.storage.glob(f"{spec.name}-*/{LEDGER_FILE}"):
         try:
             sweep, stored = read_sweep(ledger.parent), load_spec(ledger.parent / SPEC).to_dict()
@@ -134,9 +138,15 @@ def unfinished_sweep(spec: SweepSpec) -> Path | None:
         if spec.model.revision is None:  # it was pinned to the commit of that day
             stored = {**stored, "model": {**stored["model"], "revision": None}}
         same = SweepSpec.from_dict(stored).content_hash() == spec.content_hash()
-        if same and sweep.name == spec.name and not sweep.finished:
-            found.append(ledger)
-    return max(found, key=lambda ledger: ledger.stat().st_mtime).parent if found else None
+        if same and sweep.name == spec.name:
+            found.append((ledger.stat().st_mtime, sweep))
+    return [sweep for _, sweep in sorted(found, key=lambda pair: -pair[0])]
+
+
+def unfinished_sweep(spec: SweepSpec) -> Path | None:
+    """The latest sweep of this very spec in its storage folder, if it has no answer yet."""
+    latest = next(iter(same_sweeps(spec)), None)
+    return latest.folder if latest is not None and not latest.finished else None
 
 
 def judge_again(folder: Path, question: Question, observer: Observer) -> Judgement:
