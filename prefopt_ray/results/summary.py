@@ -19,7 +19,7 @@ def sweep_summary(sweep: SweepRecord, *, expected: int | None = None) -> dict[st
         "expected": expected, "begun": len(trials), "states": dict(Counter(trial.state for trial in trials)),
         "best": _best(best) if best is not None and best.score >= 0 else None,
         "rungs": _rungs(trials), "trial_hours": round(hours, 4),
-        "gpu_hours": round(sum(_hours(t) * float(t.placement.get("gpus", 1)) for t in trials if _on_gpu(t)), 4),
+        "gpu_hours": round(sum(_hours(t) * t.placement.get("gpus", 1.0) for t in trials if _on_gpu(t)), 4),
         "rest": _rest(trials, expected),
     }
 

@@ -15,7 +15,10 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import ray
 from ray import tune
+from ray._private.state import state
+from ray.exceptions import RayActorError
 
 from prefopt_ray.results.ledger import stop_requested
 from prefopt_ray.train import Worker, train
@@ -23,6 +26,7 @@ from prefopt_ray.train.state import WORST
 from prefopt_ray.trial import Report, TrialConfig
 
 STOP_POLL_S = 0.2  # the command folder may be on a network filesystem
+NODE_POLL_S = 5.0  # a cloud gives two minutes' notice or less
 
 log = logging.getLogger(__name__)
 
@@ -40,6 +44,8 @@ class PreferenceTrainable(tune.Trainable):
 
     def setup(self, config: dict[str, Any], open_worker: Callable[[], Worker] | None = None) -> None:
         self._worker = (open_worker or config["open_worker"])()
+        self._node = ray.get_runtime_context().get_node_id() if ray.is_initialized() else ""
+        self._next_look = 0.0
         self._start(config)
 
     def reset_config(self, new_config: dict[str, Any]) -> bool:
@@ -50,6 +56,9 @@ class PreferenceTrainable(tune.Trainable):
         try:
             report = self._last = next(self._reports)
         except StopIteration:
+            if self._leaving:
+                # As Ray tells it when the machine has gone: tried again elsewhere, and not counted as the trial's fault.
+                raise RayActorError(error_msg="its machine is being taken away", preempted=True) from None
             return self._result(paused=True)
         except Exception as error:
             # Whatever a trial dies of is its row's reason. A broken device breaks every later trial of this process
@@ -75,7 +84,7 @@ class PreferenceTrainable(tune.Trainable):
         folder = config.get("folder")
         self._folder = Path(folder) if folder else None
         self._holds = frozenset(config.get("holds", ()))
-        self._next_poll, self._stop = 0.0, False
+        self._next_poll, self._stop, self._leaving = 0.0, False, False
         self._last: Report | None = None
         self._reports: Iterator[Report] = train(
             TrialConfig.from_dict(config["trial"]), self._worker, folder=self._folder, interrupted=self._interrupted
@@ -86,11 +95,16 @@ class PreferenceTrainable(tune.Trainable):
         if self._folder is not None and now >= self._next_poll:
             self._next_poll = now + STOP_POLL_S
             self._stop = stop_requested(self._folder.parent.parent)
-        return self._stop
+        if self._folder is not None and self._node and now >= self._next_look:
+            self._next_look = now + NODE_POLL_S
+            self._leaving = not self._stop and self._node in state.get_draining_nodes()
+        return self._stop or self._leaving
 
     def _placement(self) -> dict[str, Any]:
-        """Where and how it is computed: execution plan (complete once a trial has opened), process, machine."""
-        return {**self._worker.engine.plan_of(0).to_dict(), "pid": os.getpid(), "host": platform.node()}
+        """Where and how it is computed: execution plan (complete once a trial has opened), process, machine, Ray's node."""
+        where = {"pid": os.getpid(), "host": platform.node(), "node": self._node}
+        gpus = ray.get_runtime_context().get_assigned_resources().get("GPU", 0.0) if self._node else 0.0
+        return {**self._worker.engine.plan_of(0).to_dict(), **where, "gpus": gpus}
 
     def _record_failure(self) -> str:
         text = traceback.format_exc()
