@@ -1,25 +1,19 @@
-"""What must hold of a cluster before a sweep begins on it: versions, room for a trial, secrets, storage that stays.
-
-Every node is asked itself, by a task that takes none of its resources.
-"""
+"""What must hold of a cluster before a sweep begins on it: versions, room for a trial, secrets, storage that stays."""
 
 import os
 import platform
-import secrets
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 import ray
 import yaml
-from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from prefopt_ray import __version__
 from prefopt_ray.errors import InputError, Problem
 from prefopt_ray.spec import SweepSpec
+from prefopt_ray.tuning.nodes import blind_nodes, look_from_nodes, missing_secrets
 from prefopt_ray.tuning.resources import trial_resources
 
-ANSWER_S = 60.0  # a node must start a process to answer
 # File systems that several machines see, or that stay when the machine goes.
 _SHARED = ("nfs", "nfs4", "cifs", "smb3", "ceph", "glusterfs", "lustre", "beegfs", "gpfs", "9p", "virtiofs", "afs", "efs")
 _BOOTSTRAP = Path("~/ray_bootstrap_config.yaml")  # where the launcher leaves its file on the head
@@ -34,13 +28,14 @@ def find_problems(spec: SweepSpec, submitted_with: Mapping[str, str]) -> list[Pr
     """Everything that stands in the way, all at once; asks every node. Ray must be connected."""
     problems = [*_other_versions(submitted_with), *_no_room(spec)]
     try:
-        nodes = _looks(spec)
+        nodes = look_from_nodes(spec.storage, spec.secrets)
     except OSError as error:
         return [*problems, Problem(
             "spec", "storage", str(spec.storage), f"cannot be written to on the cluster's head ({error.strerror})",
             "name a folder of the cluster with --storage",
         )]
-    return [*problems, *_missing_secrets(spec, nodes), *_blind_nodes(spec, nodes), *_lost_with_the_cluster(spec)]
+    found = (*missing_secrets(nodes, spec.secrets), *blind_nodes(nodes, spec.storage), *_lost_with_the_cluster(spec))
+    return [*problems, *found]
 
 
 def _other_versions(submitted_with: Mapping[str, str]) -> Iterator[Problem]:
@@ -58,58 +53,6 @@ def _no_room(spec: SweepSpec) -> Iterator[Problem]:
         trial_resources(spec)
     except InputError as error:
         yield from error.problems
-
-
-# -- what every node says --------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class Look:
-    """What a node sees."""
-
-    node: str  # its address
-    missing: tuple[str, ...]  # secrets without a value
-    sees_storage: bool
-
-
-@ray.remote(num_cpus=0, max_retries=1)
-def _look(node: str, names: Sequence[str], marker: Path) -> Look:
-    return Look(node, tuple(name for name in names if not os.environ.get(name)), marker.is_file())
-
-
-def _looks(spec: SweepSpec) -> list[Look]:
-    """One answer of each node. Raises OSError where the storage cannot be written to from here."""
-    spec.storage.mkdir(parents=True, exist_ok=True)
-    marker = spec.storage / f".seen-{secrets.token_hex(8)}"
-    marker.touch()
-    try:
-        return ray.get([
-            _look.options(scheduling_strategy=NodeAffinitySchedulingStrategy(node["NodeID"], soft=False)).remote(
-                node["NodeManagerAddress"], spec.secrets, marker
-            )
-            for node in ray.nodes() if node["Alive"]
-        ], timeout=ANSWER_S)
-    finally:
-        marker.unlink(missing_ok=True)
-
-
-def _missing_secrets(spec: SweepSpec, nodes: Sequence[Look]) -> Iterator[Problem]:
-    for name in spec.secrets:
-        without = [look.node for look in nodes if name in look.missing]
-        if without:
-            yield Problem(
-                "spec", "secrets", name, f"has no value on {', '.join(without)}",
-                "set the variable where Ray is started on the nodes; it is never sent from here",
-            )
-
-
-def _blind_nodes(spec: SweepSpec, nodes: Sequence[Look]) -> Iterator[Problem]:
-    blind = [look.node for look in nodes if not look.sees_storage]
-    if blind:
-        yield Problem(
-            "spec", "storage", str(spec.storage), f"what the head writes there is not seen on {', '.join(blind)}",
-            "name a folder on a file system that all nodes share",
-        )
 
 
 # -- what stays ------------------------------------------------------------------------------------

@@ -4,9 +4,11 @@ As Ray tasks, since a driver may have no accelerator and no room for a model; in
 CPUs of this machine alone: a task's process would first import for seconds what this one has.
 """
 
+import logging
 import queue
 import threading
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -27,9 +29,12 @@ from prefopt_ray.train.export import export, load_best
 from prefopt_ray.tuning.resources import trials_run_here
 
 PROGRESS_S = 0.25
+RETRIES = 2  # of a task whose process or machine is lost
 LEAST_FORWARDS = 64  # of a task of the reference pass: fewer take less time than a new process that imports and loads
 
 Reserved = dict[str, float]  # cpu, gpu
+
+log = logging.getLogger(__name__)
 
 
 def reference_pass(
@@ -76,7 +81,7 @@ def _scorings(
     )
     model, tokens = ray.put(blueprint), ray.put(passes)
     for share in shares[here:]:
-        yield map(task_value, task.remote(model, tokens, share))
+        yield _retried(partial(task.remote, model, tokens, share))
 
 
 def _forward(messages: Iterator[Any], number: int, heard: queue.Queue) -> None:
@@ -106,7 +111,31 @@ def score_on_test(
     task = ray.remote(_score_checkpoints).options(
         num_cpus=reserved["cpu"], num_gpus=reserved["gpu"], num_returns="streaming", max_retries=0
     )
-    return map(task_value, task.remote(blueprint, folder, trials, steps))
+    return _first_of_each(_retried(partial(task.remote, blueprint, folder, trials, steps)))
+
+
+def _first_of_each(scored: Iterator[tuple[str, str]]) -> Iterator[tuple[str, str]]:
+    """A task that was begun again scores all trials again, to the same numbers; each is told once."""
+    told: set[str] = set()
+    for trial_id, problem in scored:
+        if trial_id not in told:
+            told.add(trial_id)
+            yield trial_id, problem
+
+
+def _retried(begin: Callable[[], Iterator[ray.ObjectRef]]) -> Iterator[Any]:
+    """What a task yields; begun again when its process or machine is lost. Ray's own retries go on at the item where
+    they stopped, and ours are not as many the second time."""
+    for left in reversed(range(1 + RETRIES)):
+        try:
+            yield from map(task_value, begin())
+            return
+        except ray.exceptions.RayTaskError:
+            raise
+        except ray.exceptions.RayError as error:
+            if not left:
+                raise
+            log.warning("a pass is begun again: %s", error)
 
 
 def task_value(reference: ray.ObjectRef) -> Any:

@@ -51,6 +51,7 @@ from prefopt_ray.tracking.runs import SweepIdentity, SweepSummary, SweepTracker,
 from prefopt_ray.trial import TrialConfig
 from prefopt_ray.tuning.driver import MAX_PROCESS_DEATHS, ConfirmRun, Replicas, SweepDriver
 from prefopt_ray.tuning.judging import Ground, Question, judge_at_end, judge_sweep
+from prefopt_ray.tuning.nodes import require_shared
 from prefopt_ray.tuning.passes import reference_pass, score_on_test
 from prefopt_ray.tuning.resources import refuse_impossible, slots, start_ray, trial_resources, tune_settings
 from prefopt_ray.tuning.rungs import rule_of
@@ -176,6 +177,7 @@ def _session(
     spec: SweepSpec, prepared: Prepared, sweep: SweepRecord, *, ledger: Ledger, observer: Observer
 ) -> SweepRecord:
     start_ray()
+    require_shared(spec.storage)
     blueprint, reserved = _open_blueprint(spec, prepared, observer)
     tracker = _tracker(spec, sweep, ledger)
     tracker.start(dump_spec(spec), spec.to_dict(), _datasets(prepared))

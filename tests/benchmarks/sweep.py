@@ -257,9 +257,10 @@ def _options() -> argparse.Namespace:
     parser.add_argument("--data", choices=BATCH_PAIRS, default="hh")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--minutes", type=float, default=40, help="begin nothing that would end later (default: 40)")
-    parser.add_argument("--steps", type=int, default=STEPS, help="of the longest trials")
+    parser.add_argument("--steps", type=int, help="of the longest trial (60; of chat pairs 36)")
     parser.add_argument("--out", type=Path, help="where finished runs are kept (default: benchmark-sweep-DATA)")
     options = parser.parse_args()
+    options.steps = options.steps or STEPS[options.data]
     options.out = (options.out or Path(f"benchmark-sweep-{options.data}")).absolute()
     return options
 

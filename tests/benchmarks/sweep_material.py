@@ -22,10 +22,11 @@ from benchmarks.pair_lengths import SHAPES
 from prefopt_ray.pairs.tokens import PairTokens
 from prefopt_ray.trial import TrialConfig
 
-STEPS = 60
+STEPS = {"hh": 60, "sharegpt": 36}  # of the longest trial; chat pairs take several times as long
 # Of 8 trials, as ASHA keeps one in three: all are there at a ninth of the steps, three at a third, one at the end.
-STOPS = {1: 7, 2: 20, 3: 7, 4: 20, 5: 7, 6: 7, 7: 7}
-SELECT_PAIRS, PROBE_PAIRS, TEST_PAIRS = 32, 16, 16
+PARTS_OF_STEPS = {1: 9, 2: 3, 3: 9, 4: 3, 5: 9, 6: 9, 7: 9}
+SELECT_PAIRS = {"hh": 32, "sharegpt": 16}
+PROBE_PAIRS, TEST_PAIRS = 16, 16
 BATCH_PAIRS = {"hh": 8, "sharegpt": 4}
 VOCABULARY = 8192
 SPECIAL = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
@@ -61,7 +62,7 @@ class Task:
         (folder / TASK).write_text(json.dumps(written), encoding="utf-8")
 
 
-def make_material(data: str, folder: Path, *, steps: int = STEPS) -> None:
+def make_material(data: str, folder: Path, *, steps: int) -> None:
     """Everything into `folder`: the spec for our command line, the task for the others."""
     folder.mkdir(parents=True, exist_ok=True)
     texts = list(_sharegpt_texts()) if data == "sharegpt" else _words()
@@ -79,7 +80,7 @@ def _spec(data: str, model: Path, train: Path, *, steps: int) -> dict[str, objec
         "name": f"sweep-{data}",
         "model": {"policy": str(model), "dtype": "float32", "adapter": {"kind": "lora", "rank": 8, "alpha": 16}},
         "data": {
-            "train": {"source": str(train)}, "select": {"from": "train", "pairs": SELECT_PAIRS},
+            "train": {"source": str(train)}, "select": {"from": "train", "pairs": SELECT_PAIRS[data]},
             "test": {"from": "train", "pairs": TEST_PAIRS}, "max_tokens": 1024,
             "text": "template" if data == "sharegpt" else "plain",
         },
@@ -90,7 +91,7 @@ def _spec(data: str, model: Path, train: Path, *, steps: int) -> dict[str, objec
             "shared": {"learning_rate": [1e-4, 3e-4]},
             "baseline": {"loss": "sigmoid", "beta": 0.1, "learning_rate": 1e-4},
         },
-        "scheduler": {"kind": "fixed", "stop_steps": {n: min(stop, steps) for n, stop in STOPS.items()}},
+        "scheduler": {"kind": "fixed", "stop_steps": {n: -(-steps // part) for n, part in PARTS_OF_STEPS.items()}},
         "eval": {"at": [0, "rungs"], "train_probe": PROBE_PAIRS},
         "samples": {"at": "never"},
         "guards": {"diverged": "flag", "overfit": "flag"},
@@ -161,7 +162,7 @@ def _trained_tokenizer(texts: list[str]) -> PreTrainedTokenizerFast:
 def _hh_rows(folder: Path, words: list[str], train_pairs: int) -> Path:
     """One epoch of pairs, and those that select and test take out of it."""
     shape = SHAPES["hh"]
-    batches = -(-(train_pairs + SELECT_PAIRS + TEST_PAIRS) // shape.batch_pairs)
+    batches = -(-(train_pairs + SELECT_PAIRS["hh"] + TEST_PAIRS) // shape.batch_pairs)
     lengths = shape.draw_typical(batches)
     rng = np.random.default_rng(0)
     path = folder / "pairs.jsonl"

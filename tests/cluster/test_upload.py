@@ -14,6 +14,7 @@ from prefopt_ray.cluster.upload import LIMIT, Order, local_files, pack, unpack
 from prefopt_ray.errors import SpecError
 from prefopt_ray.results.summary import sweep_summary
 from prefopt_ray.spec import SweepSpec
+from prefopt_ray.tuning.nodes import Look, blind_nodes, missing_secrets
 
 VERSIONS = {"prefopt": "0", "ray": "0", "python": "0"}
 
@@ -121,3 +122,12 @@ def test_a_folder_is_shared_where_its_file_system_is_the_network_s(tmp_path: Pat
     assert on_shared_filesystem(folder, mounts) and not on_shared_filesystem(tmp_path, mounts)
     mounts.write_text("\n".join([*lines, f"tmpfs {folder} tmpfs rw 0 0"]))
     assert not on_shared_filesystem(folder, mounts)
+
+
+def test_nodes_that_do_not_see_the_storage_or_a_secret_are_named() -> None:
+    looks = [Look("10.0.0.1", (), True), Look("10.0.0.2", ("HF_TOKEN",), False)]
+    (blind,) = blind_nodes(looks, Path("/results"))
+    (secret,) = missing_secrets(looks, ("HF_TOKEN", "JUDGE_KEY"))
+    assert "10.0.0.2" in blind.rule and "10.0.0.1" not in blind.rule
+    assert secret.found == "HF_TOKEN" and "10.0.0.2" in secret.rule
+    assert not list(blind_nodes(looks[:1], Path("/results")))
