@@ -11,6 +11,7 @@ import os
 import re
 import sys
 import threading
+import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
@@ -59,6 +60,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def submit(options: argparse.Namespace) -> int:
     spec = _load(options)
     _require_cluster_storage(options, spec)
+    if options.print_rayjob:
+        from prefopt_ray.cluster.rayjob import print_rayjob
+
+        print(print_rayjob(spec), end="")
+        return 0
     from prefopt_ray.cluster.checks import versions
     from prefopt_ray.cluster.client import Cluster
 
@@ -113,6 +119,22 @@ def stop(options: argparse.Namespace) -> int:
     else:
         cluster.stop(job.job)
     print(f"{job.job}: {str(cluster.state(job.job)).lower()}; submit the same spec again to go on with {accepted['sweep']}")
+    return 0
+
+
+def _list_jobs(options: argparse.Namespace) -> int:
+    from prefopt_ray.cluster.client import Cluster
+
+    jobs = Cluster(_address(options)).jobs()
+    if options.json:
+        print(json.dumps([{"job": job.job, "name": job.name, "state": job.state, "started": job.started,
+                           "ended": job.ended, "storage": job.metadata.get("storage")} for job in jobs]))
+        return 0
+    for job in jobs:
+        began = time.strftime("%Y-%m-%d %H:%M", time.localtime(job.started)) if job.started else ""
+        print(f"{job.job:<40} {job.state:<10} {began:<17} {job.metadata.get('storage', '')}")
+    if not jobs:
+        print(f"no sweeps on {options.address}")
     return 0
 
 
@@ -400,6 +422,8 @@ def replay(options: argparse.Namespace) -> int:
 
 
 def list_sweeps(options: argparse.Namespace) -> int:
+    if options.address:
+        return _list_jobs(options)
     from prefopt_ray.results.ledger import LEDGER_FILE, read_sweep
 
     storage = Path(options.storage or DEFAULT_STORAGE)
@@ -687,6 +711,8 @@ def _cluster_commands(command: Declare) -> None:
     submitted = command("submit", submit, text="run a sweep on a Ray cluster, or go on with it there", takes="spec",
                         example=f"prefopt submit sweeps/qwen05b.yaml --storage /mnt/prefopt --address {url} --follow")
     submitted.add_argument("--new", action="store_true", help="begin afresh even where this very spec has a sweep")
+    submitted.add_argument("--print-rayjob", action="store_true",
+                           help="print the sweep as Kubernetes objects for KubeRay instead")
     asked = command("status", status, text="how far a sweep on a cluster is", takes="job",
                     example=f"prefopt status qwen05b-uf --address {url}")
     read = command("logs", logs, text="what a sweep on a cluster says", takes="job",
@@ -717,7 +743,9 @@ def _sweep_commands(command: Declare) -> None:
                         help="port on the loopback interface (default: a free one)")
     command("resume", resume, text="continue a sweep after Ctrl-C or a crash", takes="sweep",
             example="prefopt resume quickstart")
-    command("list", list_sweeps, text="the sweeps in the storage folder", takes="nothing", example="prefopt list")
+    listed = command("list", list_sweeps, text="the sweeps in the storage folder, or on a cluster", takes="nothing",
+                     example="prefopt list")
+    listed.add_argument("--address", help="of a cluster's dashboard: the jobs there instead")
 
 
 def _spec_commands(command: Declare) -> None:

@@ -13,6 +13,8 @@ import yaml
 from ray.autoscaler._private.util import prepare_config, validate_config
 
 from prefopt_ray.cli import _parser
+from prefopt_ray.cluster.rayjob import SECRETS, print_rayjob
+from prefopt_ray.errors import SpecError
 from prefopt_ray.spec import load_spec
 
 ROOT = Path(__file__).parents[2]
@@ -137,6 +139,26 @@ def test_the_manifest_s_command_is_one_of_ours_and_goes_on_after_a_lost_cluster(
     ]
     assert all({options.storage, str(Path(options.spec).parent)} <= paths for paths in mounted)
     assert cluster["authOptions"] == {"mode": "token"} and cluster["enableInTreeAutoscaling"]
+
+
+def test_the_printed_manifest_is_one_that_kuberay_takes(tmp_path: Path) -> None:
+    spec = load_spec(ROOT / "sweeps" / "qwen05b.yaml", overrides=["secrets=[HF_TOKEN]"], storage="/mnt/prefopt")
+    spec_map, job = yaml.safe_load_all(print_rayjob(spec))
+    jsonschema.validate(job, SCHEMA)
+    (tmp_path / "spec.yaml").write_text(spec_map["data"]["spec.yaml"])
+    assert load_spec(tmp_path / "spec.yaml") == spec
+    options = _parser().parse_args(job["spec"]["entrypoint"].split()[1:])
+    assert options.resume and options.storage == "/mnt/prefopt"
+    (worker,) = job["spec"]["rayClusterSpec"]["workerGroupSpecs"][0]["template"]["spec"]["containers"]
+    assert worker["resources"]["requests"]["nvidia.com/gpu"] == "1" and worker["resources"]["requests"]["cpu"] == "4"
+    assert worker["env"] == [{"name": "HF_TOKEN", "valueFrom": {"secretKeyRef": {"name": SECRETS, "key": "HF_TOKEN"}}}]
+
+
+def test_a_manifest_for_files_of_this_machine_is_refused(tmp_path: Path) -> None:
+    overrides = [f"model.policy={tmp_path}"]
+    spec = load_spec(ROOT / "sweeps" / "qwen05b.yaml", overrides=overrides, storage="/mnt/prefopt")
+    with pytest.raises(SpecError, match="a pod does not have files of this machine"):
+        print_rayjob(spec)
 
 
 # -- all of them -------------------------------------------------------------------------------------

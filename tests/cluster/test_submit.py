@@ -127,6 +127,8 @@ def test_its_status_is_what_the_ledger_says(head: Head, followed: Outcome) -> No
     (folder,) = head.storage.glob("far-*")
     assert found["finished"] and found["folder"] == str(folder) and found["job_state"] == "succeeded"
     assert sum(found["states"].values()) == found["expected"] == 3
+    listed = json.loads(head.prefopt("list", "--json").out)
+    assert [job["name"] for job in listed if job["job"] == found["job"]] == ["far"]
     words = head.prefopt("status", found["sweep"]).out
     assert f"far {found['sweep']}: finished" in words
 
