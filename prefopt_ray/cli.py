@@ -8,10 +8,8 @@ import argparse
 import json
 import logging
 import os
-import re
 import sys
 import threading
-import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
@@ -19,10 +17,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from prefopt_ray import __version__
-from prefopt_ray.errors import ClusterError, InputError, PrefoptError, Problem, SpecError, SweepError
+from prefopt_ray.errors import InputError, PrefoptError, Problem, SpecError, SweepError, printable
 
 if TYPE_CHECKING:
-    from prefopt_ray.cluster.client import Cluster
     from prefopt_ray.results.ledger import SweepRecord
     from prefopt_ray.spec import SweepSpec
 
@@ -59,115 +56,32 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def submit(options: argparse.Namespace) -> int:
     spec = _load(options)
-    _require_cluster_storage(options, spec)
-    if options.print_rayjob:
-        from prefopt_ray.cluster.rayjob import print_rayjob
-
-        print(print_rayjob(spec), end="")
-        return 0
-    from prefopt_ray.cluster.checks import versions
-    from prefopt_ray.cluster.client import Cluster
-
-    cluster = Cluster(_address(options))
-    taken = cluster.submit(spec, fresh=options.new, versions=versions())
-    if options.json:
-        print(json.dumps(vars(taken)))
-    else:
-        doing = "is finished (--new begins afresh)" if taken.finished else "goes on" if taken.resumed else "began"
-        print(f"job    {taken.job}\nsweep  {Path(taken.folder).name} {doing}; results in {taken.folder} on the cluster\n"
-              f"prefopt status|logs|stop {taken.sweep} --address {cluster.address}")
-    return _follow(cluster, taken.job, spec) if options.follow else 0
-
-
-def status(options: argparse.Namespace) -> int:
-    from prefopt_ray.cluster.client import Cluster
-    from prefopt_ray.report.lines import summary_lines
-
-    cluster = Cluster(_address(options))
-    job, accepted = cluster.find(options.sweep)
-    summary = {"job": job.job, "job_state": job.state, **cluster.status(accepted["folder"])}
-    print(json.dumps(summary) if options.json else "\n".join(summary_lines(summary)))
-    return 0
-
-
-def logs(options: argparse.Namespace) -> int:
-    from prefopt_ray.cluster.client import Cluster
-    from prefopt_ray.cluster.messages import heard
-
-    cluster = Cluster(_address(options))
-    job, _ = cluster.find(options.sweep)
-
-    def told(line: str) -> None:
-        if heard(line) is None and line and (options.trial is None or f"trial {options.trial} " in line):
-            print(_printable(line), flush=True)
-
-    if options.follow:
-        cluster.follow(job.job, told)
-    else:
-        for line in cluster.log(job.job).split("\n"):
-            told(line)
-    return 0
-
-
-def stop(options: argparse.Namespace) -> int:
-    from prefopt_ray.cluster.client import Cluster
-
-    cluster = Cluster(_address(options))
-    job, accepted = cluster.find(options.sweep)
-    if options.now:
-        cluster.kill(job.job)
-    else:
-        cluster.stop(job.job)
-    print(f"{job.job}: {str(cluster.state(job.job)).lower()}; submit the same spec again to go on with {accepted['sweep']}")
-    return 0
-
-
-def _list_jobs(options: argparse.Namespace) -> int:
-    from prefopt_ray.cluster.client import Cluster
-
-    jobs = Cluster(_address(options)).jobs()
-    if options.json:
-        print(json.dumps([{"job": job.job, "name": job.name, "state": job.state, "started": job.started,
-                           "ended": job.ended, "storage": job.metadata.get("storage")} for job in jobs]))
-        return 0
-    for job in jobs:
-        began = time.strftime("%Y-%m-%d %H:%M", time.localtime(job.started)) if job.started else ""
-        print(f"{job.job:<40} {job.state:<10} {began:<17} {job.metadata.get('storage', '')}")
-    if not jobs:
-        print(f"no sweeps on {options.address}")
-    return 0
-
-
-def _follow(cluster: "Cluster", job: str, spec: "SweepSpec") -> int:
-    """The live table of a sweep elsewhere; Ctrl-C leaves the sweep running."""
-    from prefopt_ray.cluster.following import Follower
-    from prefopt_ray.report.terminal import make_console
-
-    with Follower(make_console(), spec) as follower:
-        try:
-            ended = cluster.follow(job, follower.told)
-        except KeyboardInterrupt:
-            print(f"not followed any more; the sweep goes on: prefopt logs {job} --follow", file=sys.stderr)
-            return 130
-    return 0 if str(ended) == "SUCCEEDED" else 1
-
-
-def _address(options: argparse.Namespace) -> str:
-    address = options.address or os.environ.get("RAY_API_SERVER_ADDRESS", "")
-    if not re.fullmatch(r"https?://[^\s/]+/?", address):
-        raise ClusterError(Problem(
-            "command line", "--address", repr(address[:200]) if address else "", "must be the cluster's dashboard",
-            "write --address http://127.0.0.1:8265, or set RAY_API_SERVER_ADDRESS",
-        ))
-    return address
-
-
-def _require_cluster_storage(options: argparse.Namespace, spec: "SweepSpec") -> None:
     if spec.storage == Path(DEFAULT_STORAGE).absolute():
         raise SweepError(Problem(
             options.spec, "storage", "", "on a cluster results need a folder that all its nodes share",
             "name it with --storage, such as --storage /mnt/prefopt",
         ))
+    from prefopt_ray.cluster import commands
+
+    return commands.submit(spec, options)
+
+
+def status(options: argparse.Namespace) -> int:
+    from prefopt_ray.cluster import commands
+
+    return commands.status(options)
+
+
+def logs(options: argparse.Namespace) -> int:
+    from prefopt_ray.cluster import commands
+
+    return commands.logs(options)
+
+
+def stop(options: argparse.Namespace) -> int:
+    from prefopt_ray.cluster import commands
+
+    return commands.stop(options)
 
 
 # -- before a sweep --------------------------------------------------------------------------------
@@ -423,7 +337,9 @@ def replay(options: argparse.Namespace) -> int:
 
 def list_sweeps(options: argparse.Namespace) -> int:
     if options.address:
-        return _list_jobs(options)
+        from prefopt_ray.cluster import commands
+
+        return commands.list_jobs(options)
     from prefopt_ray.results.ledger import LEDGER_FILE, read_sweep
 
     storage = Path(options.storage or DEFAULT_STORAGE)
@@ -652,15 +568,7 @@ def _table_path(wanted: str, storage: str | None) -> Path:
 def _print_error(error: PrefoptError) -> None:
     lines = error.problems if isinstance(error, InputError) else (error,)
     for line in lines:
-        print(f"prefopt: {_printable(str(line))}", file=sys.stderr)
-
-
-def _printable(text: str) -> str:
-    """What was found may hold a terminal's escape codes."""
-    return _CONTROL.sub(lambda found: ascii(found.group())[1:-1], text)
-
-
-_CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")
+        print(f"prefopt: {printable(str(line))}", file=sys.stderr)
 
 
 def _number(low: int, high: int) -> Callable[[str], int]:

@@ -4,6 +4,7 @@ Every class is picklable (all state lives in `args`), because errors cross Ray's
 Exit codes: 2 = the input is wrong, 1 = the work failed.
 """
 
+import re
 from dataclasses import dataclass
 
 
@@ -76,3 +77,11 @@ class JudgeError(InputError):
 
 class CheckpointError(PrefoptError):
     """A checkpoint is torn or corrupt (its hash does not match its manifest)."""
+
+
+def printable(text: str) -> str:
+    """What was found may hold a terminal's escape codes: they are shown, not obeyed."""
+    return _CONTROL.sub(lambda found: ascii(found.group())[1:-1], text)
+
+
+_CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")

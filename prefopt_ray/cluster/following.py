@@ -6,6 +6,7 @@ from rich.console import Console
 from rich.text import Text
 
 from prefopt_ray.cluster.messages import EVENT, heard
+from prefopt_ray.errors import printable
 from prefopt_ray.report.terminal import TerminalObserver
 from prefopt_ray.results.ledger import SweepRecord, fold
 from prefopt_ray.spec import SweepSpec
@@ -29,7 +30,7 @@ class Follower:
         message = heard(line)
         if message is None:
             if line:
-                self._console.print(Text(line), soft_wrap=True)
+                self._console.print(Text(printable(line)), soft_wrap=True)
             return
         if message.kind != EVENT:
             return
