@@ -21,6 +21,7 @@ from prefopt_ray.trial import EndState, Report, TrialConfig
 
 FORMAT = 1
 LEDGER_FILE = "ledger.jsonl"
+SESSION = "session"  # the event that begins a session of a sweep: its start, and every resume
 SEARCH, CONFIRM = "search", "confirm"  # a trial's role
 
 log = logging.getLogger(__name__)
@@ -195,15 +196,24 @@ def drift_per_token(metrics: Mapping[str, float]) -> float:
     return sum(abs(side) for side in sides) / 2
 
 
-def request_stop(folder: Path) -> None:
-    """Ask a running sweep to checkpoint its trials and stop; seen by its driver and by every trial."""
+def request_stop(folder: Path, *, spent: str = "") -> None:
+    """Ask a running sweep to checkpoint its trials and stop; seen by its driver and by every trial.
+
+    `spent`: which budget is used up; the sweep then ends with its answer instead of waiting to be resumed.
+    """
     commands = folder / "commands"
     commands.mkdir(parents=True, exist_ok=True)
-    (commands / "stop").touch()
+    (commands / "stop").write_text(spent, encoding="utf-8")
 
 
 def stop_requested(folder: Path) -> bool:
     return (folder / "commands" / "stop").exists()
+
+
+def spent_budget(folder: Path) -> str:
+    """The budget that a requested stop is for; empty for a person's stop, or none."""
+    path = folder / "commands" / "stop"
+    return path.read_text(encoding="utf-8") if path.exists() else ""
 
 
 def clear_stop(folder: Path) -> None:

@@ -18,6 +18,7 @@ from prefopt_ray.spec.evaluation_plan import MOST_PROBE, MOST_PROMPTS, Workload,
 from prefopt_ray.spec.layers import UNREAD
 from prefopt_ray.spec.rules import findings
 from prefopt_ray.spec.sections import (
+    BudgetSpec,
     AUTO,
     RUNGS,
     Baseline,
@@ -69,7 +70,7 @@ OBJECTIVES = {"gain": EvaluationConfig.objective, "judge": "judge/win_lcb", "gol
 DEFAULT_BASELINE = Baseline("sigmoid", {})
 
 # What does not change any number of any trial.
-_NOT_CONTENT = ("name", "storage", "tracking", "resources", "engine", "secrets")
+_NOT_CONTENT = ("name", "storage", "tracking", "resources", "engine", "secrets", "budget")
 
 
 class SweepFields(Section):
@@ -91,6 +92,7 @@ class SweepFields(Section):
     replicates: ReplicatesSpec | None = None
     confirm: ConfirmSpec | None = None
     resources: ResourcesSpec = ResourcesSpec()
+    budget: BudgetSpec = BudgetSpec()
     # auto = the flat engine where it serves the model; both give the same numbers to rounding.
     engine: Literal["auto", "plain"] = "auto"
     tracking: TrackingSpec = TrackingSpec()
@@ -201,7 +203,12 @@ class SweepSpec(SweepFields):
 
     @property
     def configuration_count(self) -> int:
-        """Configurations of the sweep, the baseline counted once."""
+        """Configurations of the sweep, the baseline counted once, as many as the budget has trials for."""
+        most = max(1, self.budget.trials // len(self.seeds)) if self.budget.trials is not None else None
+        return self._searched_count if most is None else min(self._searched_count, most)
+
+    @property
+    def _searched_count(self) -> int:
         if self.search.method != "grid":
             assert self.search.trials_per_loss is not None
             return 1 + self.search.trials_per_loss * len(self.search.losses)

@@ -25,7 +25,6 @@ _REQUIRED = "is required"
 
 # Keys of the full spec that this version does not honour, and what to do today.
 _NOT_YET_KEYS: dict[KeyPath, str] = {
-    ("budget",): "remove it; search.trials_per_loss and training set the cost",
     ("checkpoints",): "remove it; the best and the last two of each trial are kept",
     ("resources", "gpus"): "remove it; CUDA_VISIBLE_DEVICES chooses GPUs, gpus_per_trial says how many a trial takes",
     ("resources", "shard"): "remove it; one trial runs on one GPU",
@@ -126,7 +125,9 @@ def nearest(root: Node, path: KeyPath) -> Node:
 
 
 # A key pasted here by mistake is not repeated in an error, which ends in logs.
-_MAY_HOLD_SECRETS: tuple[KeyPath, ...] = (("judge", "endpoint", "key_env"), ("judge", "endpoint", "url"))
+_MAY_HOLD_SECRETS: tuple[KeyPath, ...] = (
+    ("judge", "endpoint", "key_env"), ("judge", "endpoint", "url"), ("secrets",)
+)
 _NO_TEXT_RULE = "holds a line break, a control character or half a character"
 _NO_TEXT = re.compile(r"[\x00-\x1f\x7f-\x9f\ud800-\udfff]")
 

@@ -164,6 +164,15 @@ def _auto_or_share(value: Any) -> float | str:
     raise broken("must be auto, 0, a fraction such as 0.5, or a number of GPUs")
 
 
+def _duration(value: Any) -> float:
+    """Seconds."""
+    written = re.fullmatch(r"([0-9]{1,9}(?:\.[0-9]{1,9})?) ?([hms])", value) if isinstance(value, str) else None
+    seconds = float(written[1]) * {"h": 3600, "m": 60, "s": 1}[written[2]] if written else 0.0
+    if not 0 < seconds < 1e9:
+        raise broken("must be hours, minutes or seconds above zero", "write 20h, 90m or 45s")
+    return seconds
+
+
 def _names_of_secrets(value: Any) -> tuple[str, ...]:
     """A value in place of a name is not repeated in the message."""
     names = [value] if isinstance(value, str) else value
@@ -278,6 +287,7 @@ AutoPositions = Annotated[
     tuple[int | str, ...] | str, PlainValidator(_auto_positions), PlainSerializer(lambda at: at if at == AUTO else list(at))
 ]
 AutoCount = Annotated[int | str, PlainValidator(_auto_or_count)]
+Duration = Annotated[float, PlainValidator(_duration), PlainSerializer(lambda seconds: f"{seconds:g}s")]
 Secrets = Annotated[tuple[str, ...], PlainValidator(_names_of_secrets), PlainSerializer(list)]
 Texts = Annotated[tuple[str, ...], PlainValidator(_texts), PlainSerializer(_one_or_many)]
 SearchDomain = Annotated[Domain, PlainValidator(_domain), PlainSerializer(write_domain)]
@@ -586,6 +596,19 @@ class ResourcesSpec(Section):
         """GPUs (or the fraction of one) that a trial reserves."""
         whole = float(gpus_present) if isinstance(self.gpus_per_trial, str) else self.gpus_per_trial
         return whole / self.trials_per_gpu
+
+
+class BudgetSpec(Section):
+    """What a sweep may cost at most. Then what runs stops between two steps, and the answer is made of what there is."""
+
+    gpu_hours: Annotated[float, Field(gt=0)] | None = None  # of trials, each counted by what it reserves
+    wall_clock: Duration | None = None  # seconds in all sessions; written 20h, 90m or 45s
+    trials: Count | None = None  # of the search; a configuration with several seeds is several
+
+    @property
+    def limits(self) -> dict[str, float]:
+        """Those that are set."""
+        return {name: value for name, value in dict(self).items() if value is not None}
 
 
 class ReplicatesSpec(Section):

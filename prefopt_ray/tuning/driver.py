@@ -160,6 +160,12 @@ class SweepDriver:
             self._ledger.append("paused", trial=trial_id)
             self._tracker.trial_paused(trial_id)
 
+    def end_all(self, reason: str) -> None:
+        """Nothing more will be paid for: whatever has not ended, ends here."""
+        for trial in list(self.sweep.trials.values()):
+            if trial.end_state is None:
+                self._end(trial, EndState.STOPPED_EARLY, reason)
+
     def failed(self, trial_id: str, reason: str) -> None:
         """The trial raised, or its process died too often."""
         trial = self.sweep.trials[trial_id]

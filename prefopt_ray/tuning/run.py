@@ -35,11 +35,14 @@ from prefopt_ray.judges.opening import check_judge
 from prefopt_ray.results.ledger import (
     FORMAT,
     LEDGER_FILE,
+    SESSION,
     Ledger,
     SweepRecord,
     clear_stop,
+    read_events,
     read_sweep,
     request_stop,
+    spent_budget,
     stop_requested,
 )
 from prefopt_ray.prepare import Prepared, WorkerBlueprint, cache_folder, prepare
@@ -49,6 +52,7 @@ from prefopt_ray.tracking.delivery import TrackingSettings
 from prefopt_ray.tracking.operations import DatasetInfo
 from prefopt_ray.tracking.runs import SweepIdentity, SweepSummary, SweepTracker, tracking_uri
 from prefopt_ray.trial import TrialConfig
+from prefopt_ray.tuning.budget import Meter, sessions_s
 from prefopt_ray.tuning.driver import MAX_PROCESS_DEATHS, ConfirmRun, Replicas, SweepDriver
 from prefopt_ray.tuning.judging import Ground, Question, judge_at_end, judge_sweep
 from prefopt_ray.tuning.nodes import require_shared
@@ -176,6 +180,8 @@ def judge_again(folder: Path, question: Question, observer: Observer) -> Judgeme
 def _session(
     spec: SweepSpec, prepared: Prepared, sweep: SweepRecord, *, ledger: Ledger, observer: Observer
 ) -> SweepRecord:
+    meter = Meter(spec.budget, sweep, earlier_s=sessions_s(read_events(sweep.folder / LEDGER_FILE)))
+    ledger.append(SESSION)
     start_ray()
     require_shared(spec.storage)
     blueprint, reserved = _open_blueprint(spec, prepared, observer)
@@ -187,7 +193,10 @@ def _session(
         observer.started(sweep, spec, list(prepared.warnings))
         shared = ray.put(blueprint)  # once per node
         with tune_settings():
-            _run_trials(shared, driver, spec, reserved=reserved, observer=observer)
+            _run_trials(shared, driver, spec, reserved=reserved, observer=observer, meter=meter)
+        if spent := spent_budget(sweep.folder):
+            driver.end_all(spent)
+            clear_stop(sweep.folder)
         if stop_requested(sweep.folder):
             tracker.paused()
         else:
@@ -221,7 +230,8 @@ def _open_blueprint(
 
 
 def _run_trials(
-    blueprint: ray.ObjectRef, driver: SweepDriver, spec: SweepSpec, *, reserved: dict[str, float], observer: Observer
+    blueprint: ray.ObjectRef, driver: SweepDriver, spec: SweepSpec, *, reserved: dict[str, float], observer: Observer,
+    meter: Meter,
 ) -> None:
     trainable = tune.with_resources(
         tune.with_parameters(PreferenceTrainable, open_worker=blueprint), reserved
@@ -251,7 +261,7 @@ def _run_trials(
             done.set()
 
     threading.Thread(target=fit, name="tune", daemon=True).start()
-    _watch(done, driver.sweep, observer=observer)
+    _watch(done, driver.sweep, observer=observer, meter=meter)
     if failure:
         raise failure[0]
     for trial in list(driver.sweep.trials.values()):
@@ -262,8 +272,8 @@ def _run_trials(
                 driver.paused(trial.trial_id)
 
 
-def _watch(done: threading.Event, sweep: SweepRecord, *, observer: Observer) -> None:
-    """Until Tune is done. The first Ctrl-C asks for a clean stop, the second is not held back.
+def _watch(done: threading.Event, sweep: SweepRecord, *, observer: Observer, meter: Meter) -> None:
+    """Until Tune is done. A budget that is used up asks for a clean stop. The first Ctrl-C asks for a clean stop, the second is not held back.
 
     Waits for an event: a join that Ctrl-C interrupts makes Python 3.11 believe that the thread has ended.
     """
@@ -271,6 +281,8 @@ def _watch(done: threading.Event, sweep: SweepRecord, *, observer: Observer) -> 
         try:
             done.wait(WATCH_S)
             observer.watch(sweep)
+            if not stop_requested(sweep.folder) and (spent := meter.used_up()):
+                request_stop(sweep.folder, spent=spent)
         except KeyboardInterrupt:
             if stop_requested(sweep.folder):
                 raise
@@ -319,13 +331,13 @@ def make_proposer(spec: SweepSpec, sweep: SweepRecord) -> Proposer:
         earlier = [Point(c.config.loss, c.first.values, baseline=c.first.baseline) for c in configurations(sweep)]
         return Tpe(
             spec.loss_spaces(), trials_per_loss=search.trials_per_loss, seed=search.seed, baseline=baseline,
-            earlier=earlier,
+            earlier=earlier, most=spec.configuration_count,
         )
     points = listed_points(
         spec.loss_spaces(), method=search.method, trials_per_loss=search.trials_per_loss or 0, seed=search.seed,
         baseline=baseline,
     )
-    return Listed(points, done=len(configurations(sweep)))
+    return Listed(points[: spec.configuration_count], done=len(configurations(sweep)))
 
 
 # -- before and after the trials -------------------------------------------------------------------

@@ -54,8 +54,10 @@ class Tpe:
     """
 
     def __init__(
-        self, spaces: dict[str, Space], *, trials_per_loss: int, seed: int, baseline: Point, earlier: list[Point]
+        self, spaces: dict[str, Space], *, trials_per_loss: int, seed: int, baseline: Point, earlier: list[Point],
+        most: int | None = None,
     ) -> None:
+        """`most`: points in all, earlier ones included; None = as many as `trials_per_loss` makes."""
         import optuna
 
         optuna.logging.set_verbosity(optuna.logging.WARNING)
@@ -79,8 +81,12 @@ class Tpe:
             for index, loss in enumerate(spaces)
         }
         self._asked: list[tuple[Point, Any]] = []
+        self._affordable = (math.inf if most is None else most) - len(earlier)
 
     def propose(self) -> Point | None:
+        if self._affordable <= 0:
+            return None
+        self._affordable -= 1
         if self._pending:
             return self._pending.pop()
         loss = max(self._left, key=lambda name: self._left[name], default=None)

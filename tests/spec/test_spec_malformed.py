@@ -73,7 +73,7 @@ EXPECTED = {
     "not_finite": [(5, "training.max_grad_norm", "finite"), (9, "search.losses.sigmoid.beta", "nan is not a finite")],
     "not_supported_yet": [
         (10, "checkpoints", "known, but not supported yet"),
-        (11, "budget", "known, but not supported yet"),
+        (11, "budget.wall_clock", "write 20h, 90m or 45s"),
         (12, "objective.drift_limit", "stop is known, but not supported yet"),
         (13, "resources.gpus", "CUDA_VISIBLE_DEVICES"),
     ],

@@ -103,19 +103,20 @@ def test_the_full_spec_is_refused_only_for_what_is_not_supported_yet():
     with pytest.raises(SpecError) as caught:
         parse_spec(FULL_EXAMPLE)
     assert [problem.key for problem in caught.value.problems] == [
-        "resources.gpus", "resources.trials_per_gpu", "budget",
+        "resources.gpus", "resources.trials_per_gpu",
     ]  # fmt: skip
     assert all("known, but not supported yet" in problem.rule for problem in caught.value.problems)
 
 
 def test_the_full_spec_without_those_keys_means_what_it_says():
-    unsupported = ("resources:", "budget:")
+    unsupported = ("resources:",)
     spec = parse_spec("\n".join(line for line in FULL_EXAMPLE.splitlines() if not line.startswith(unsupported)))
     spaces = spec.loss_spaces()
     assert spaces["sigmoid"]["learning_rate"] == LogUniform(3e-6, 5e-5)
     assert spaces["simpo"]["learning_rate"] == LogUniform(3e-6, 1e-5)
     assert spec.experiment == "prefopt/qwen05b-uf"
     assert spec.guards.overfit == "stop"
+    assert spec.budget.limits == {"gpu_hours": 12.0}
 
 
 def test_checking_a_spec_imports_nothing_heavy_and_takes_about_a_second():

@@ -185,3 +185,39 @@ def test_saying_a_default_does_not_change_the_hash():
 )
 def test_what_changes_numbers_changes_the_hash(sections):
     assert example(**sections).content_hash() != example().content_hash()
+
+
+@pytest.mark.parametrize(("written", "seconds"), [("20h", 72_000), ("90m", 5_400), ("45s", 45), ("1.5 h", 5_400)])
+def test_a_wall_clock_has_a_unit(written, seconds):
+    spec = parse_spec(plain_spec(budget={"wall_clock": written}))
+    assert spec.budget.wall_clock == seconds and parse_spec(dump_spec(spec)) == spec
+    assert spec.content_hash() == parse_spec(plain_spec()).content_hash()  # what may be spent changes no trial
+
+
+@pytest.mark.parametrize("written", ["20", 20, "h", "0h", "-1h", "1d", "1e99h", "9" * 40 + "h", ["1h"]])
+def test_a_wall_clock_without_one_is_refused(written):
+    with pytest.raises(SpecError, match="write 20h, 90m or 45s"):
+        parse_spec(plain_spec(budget={"wall_clock": written}))
+
+
+def test_a_budget_of_trials_is_of_whole_configurations():
+    search = {"trials_per_loss": 4, "losses": {"sigmoid": {}, "hinge": {}}}
+    assert parse_spec(plain_spec(search=search)).trial_count == 9
+    assert parse_spec(plain_spec(search=search, budget={"trials": 5})).trial_count == 5
+    seeds = {"replicates": {"seeds": [1, 2]}, "budget": {"trials": 5}}
+    assert parse_spec(plain_spec(search=search, **seeds)).trial_count == 4
+
+
+@pytest.mark.parametrize("written", [["hf_abcDEF0123"], "a b", [3], {"HF_TOKEN": "x"}, ["A=B"]])
+def test_a_secret_is_named_and_never_written(written):
+    with pytest.raises(SpecError) as refused:
+        parse_spec(plain_spec(secrets=written))
+    (problem,) = refused.value.problems
+    assert problem.key == "secrets" and "names of environment variables" in problem.rule
+    assert "hf_abc" not in str(refused.value)
+
+
+def test_names_of_secrets_survive_a_dump_and_change_no_trial():
+    spec = parse_spec(plain_spec(secrets=["HF_TOKEN", "JUDGE_KEY", "HF_TOKEN"]))
+    assert spec.secrets == ("HF_TOKEN", "JUDGE_KEY") and parse_spec(dump_spec(spec)) == spec
+    assert spec.content_hash() == parse_spec(plain_spec()).content_hash()
