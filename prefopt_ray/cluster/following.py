@@ -1,5 +1,6 @@
 """The live table of a sweep that runs elsewhere, from the lines of its job's log."""
 
+import time
 from pathlib import Path
 
 from rich.console import Console
@@ -11,6 +12,8 @@ from prefopt_ray.report.terminal import TerminalObserver
 from prefopt_ray.results.ledger import SweepRecord, fold
 from prefopt_ray.spec import SweepSpec
 
+DRAWN_S = 0.2  # at most so often
+
 
 class Follower:
     """Shows what a job tells, line by line: in a terminal the table above which its words scroll. A context manager."""
@@ -19,6 +22,7 @@ class Follower:
         self._console, self._spec = console, spec
         self._observer = TerminalObserver(console)
         self._sweep = SweepRecord(Path())
+        self._next = 0.0
 
     def __enter__(self) -> "Follower":
         return self
@@ -36,7 +40,15 @@ class Follower:
             return
         begun = bool(self._sweep.sweep_id)
         fold(self._sweep, message.value)
-        if self._console.is_terminal:  # elsewhere the job's own lines say it already
+        if self._console.is_terminal:
             if not begun:
                 self._observer.show_live(self._spec)
-            self._observer.watch(self._sweep)
+            if time.monotonic() >= self._next:  # the events so far come all at once
+                self.draw()
+
+    def draw(self) -> None:
+        """The table as it is now; nothing in a file, where the job's own lines say it already."""
+        if not self._console.is_terminal:
+            return
+        self._next = time.monotonic() + DRAWN_S
+        self._observer.watch(self._sweep)

@@ -6,6 +6,7 @@ the sweep's storage, by content, so that a resumed sweep finds them whatever bec
 
 import hashlib
 import json
+import secrets
 import shutil
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -114,10 +115,14 @@ def _kept(path: Path, uploads: Path) -> Path:
                 hasher.update(block)
     place = uploads / hasher.hexdigest()[:16]
     if not place.exists():
-        partial = place.with_suffix(".partial")
-        shutil.rmtree(partial, ignore_errors=True)
+        partial = uploads / f".{place.name}-{secrets.token_hex(4)}"
         partial.mkdir(parents=True)
         copy = partial / path.name
         shutil.copytree(path, copy) if path.is_dir() else shutil.copyfile(path, copy)
-        partial.rename(place)
+        try:
+            partial.rename(place)
+        except OSError:
+            if not place.exists():
+                raise
+            shutil.rmtree(partial)  # another job brought the same meanwhile
     return place / path.name
