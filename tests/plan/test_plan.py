@@ -156,5 +156,7 @@ def test_forward_tokens_count_padding_where_there_is_some(prepared: Prepared) ->
 
 
 class _Trial:
+    slot = 0
+
     def __init__(self, config: object) -> None:
         self.config = config
